@@ -1,0 +1,21 @@
+# make experiment   the eight configs at CPU size, from nothing to the table and the plots
+# make test         the pre-flight and the tests
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+experiment: .venv/installed
+	$(BIN)/python data/pystdlib/prepare.py
+	$(BIN)/python sweep.py config/train_gpt2_*comm.py --with config/cpu.py --jobs 2
+	$(BIN)/python compare.py out/*-cpu --out=out/compare
+
+test: .venv/installed
+	$(BIN)/python test_20k_experiment.py
+	$(BIN)/python -m pytest -q test_20k_experiment.py tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: experiment test

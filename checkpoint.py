@@ -1,0 +1,87 @@
+"""
+What a run keeps in its folder so that nothing is lost: files that are whole or absent, the lock, the checkpoints.
+
+    ckpt.pt         the latest;  ckpt-previous.pt  the one before it;  ckpt-best.pt  the best validation loss
+    run.json        what the run is and how it stands
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from corpus import atomic_write
+
+
+LATEST = ('ckpt.pt', 'ckpt-previous.pt')    # the first that can be read is where a run goes on
+held = []                               # open files whose locks last as long as the process
+
+
+def write_json(path, value):
+    with atomic_write(Path(path)) as file:
+        file.write(json.dumps(value, indent=1).encode() + b'\n')
+
+
+def read_json(path):
+    """The file's object, or None where there is no file. Raises ValueError, in one line, for a damaged one."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from error
+
+
+def lock(out_dir):
+    """Takes the folder until this process ends or dies. Raises ValueError where another process has it."""
+    held.append(open(Path(out_dir) / 'lock', 'w'))
+    try:
+        fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f'out_dir is {out_dir}, which another run is using now') from error
+
+
+def exists(out_dir):
+    return any((Path(out_dir) / name).exists() for name in LATEST)
+
+
+def save(out_dir, state, best):
+    """Writes ckpt.pt, keeping the one before as ckpt-previous.pt, and ckpt-best.pt where this is the best so far."""
+    latest, new, previous, kept = (Path(out_dir) / f'ckpt{name}.pt' for name in ('', '-new', '-previous', '-best'))
+    with atomic_write(new) as file:
+        torch.save(state, file)
+    if best:                            # a second name of the same file, which takes no room of its own
+        kept.unlink(missing_ok=True)
+        os.link(new, kept)
+    if latest.exists():
+        os.replace(latest, previous)
+    os.replace(new, latest)
+
+
+def load(path):
+    """
+    A checkpoint: a dict of tensors, numbers and strings, on the CPU. No code in it is ever run.
+
+    Raises FileNotFoundError, or ValueError in one line where it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:          # a damaged file fails in the unpickler, the zip reader or a tensor's storage
+        raise ValueError(f'{path} is damaged: {str(error).splitlines()[0]}') from error
+
+
+def load_latest(out_dir, warn):
+    """(path, checkpoint) of ckpt.pt, or of the one before where ckpt.pt is missing or damaged; warn(line) says so."""
+    for name in LATEST:
+        path = Path(out_dir) / name
+        try:
+            return path, load(path)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            warn(str(error))
+    raise ValueError(f'{out_dir} has no checkpoint that can be read')

@@ -1,0 +1,6 @@
+# all SPD: one sync a layer
+# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_12comm.py --max_iters=20000
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-124M-12comm'
+block_types = ['spd'] * 12

@@ -1,0 +1,218 @@
+"""
+A run's configuration: config/defaults.py, then config files in order, then --key=value flags. Later wins.
+
+    python train.py config/train_gpt2_12comm.py config/cpu.py --seed=2 --block_types=tp,spd,spd
+
+Config files are plain Python assignments. Every key, type and value is checked, and what is wrong is refused in one line
+that says the value, where it came from, and what would be right.
+"""
+
+import ast
+import difflib
+import os
+import re
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent
+DEFAULTS = ROOT / 'config' / 'defaults.py'
+
+AT_LEAST_1 = (lambda value: value >= 1, 'at least 1')
+NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
+POSITIVE = (lambda value: value > 0, 'above 0')
+FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
+LIMITS = dict(                          # the model's own keys are checked by GPTConfig
+    eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, log_interval=AT_LEAST_1, seed=NOT_NEGATIVE,
+    batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
+    learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, beta1=FRACTION, beta2=FRACTION,
+    grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
+)
+RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}
+
+
+def fail(message):
+    """Ends the program with one line on stderr and exit status 1. Under torchrun the first process alone prints."""
+    if int(os.environ.get('RANK', 0)) > 0:
+        time.sleep(5)                   # torchrun kills all once one has gone: let the first process speak
+        sys.exit(1)
+    sys.exit(f'error: {message}')
+
+
+class Config(SimpleNamespace):
+    """A run's keys as attributes; `vars(config)` is the keys and nothing else. `sources` says where each came from."""
+    __slots__ = ('sources',)
+
+    def refuse(self, message):
+        """fail(), after adding where the keys that the message names came from."""
+        named = [key for key in vars(self) if re.search(rf'\b{key}\b', message)]
+        fail(f'{message} ({", ".join(f"{key} from {self.sources[key]}" for key in named)})' if named else message)
+
+
+def read_defaults():
+    """config/defaults.py as {key: (default, type, comment)}. The types are its annotations."""
+    text = DEFAULTS.read_text()
+    namespace, lines, keys = {}, text.splitlines(), {}
+    exec(compile(text, DEFAULTS, 'exec'), namespace)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.AnnAssign):
+            kind = eval(ast.unparse(node.annotation), namespace)
+            comment = lines[node.lineno - 1].partition('#')[2].strip()
+            keys[node.target.id] = (namespace[node.target.id], kind, comment)
+    return keys
+
+
+def alternatives(kind):
+    """The members of `int | None` and the like; a plain type is its own only one."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def accepts(kind, value):
+    for option in alternatives(kind):
+        if typing.get_origin(option) is typing.Literal:
+            fits = value in typing.get_args(option)
+        else:                           # an int will do for a float; a bool is no int
+            fits = type(value) is option or (option is float and type(value) is int)
+        if fits:
+            return True
+    return False
+
+
+def in_words(kind):
+    words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list'}
+    return ' or '.join(
+        ', '.join(typing.get_args(option)) if typing.get_origin(option) is typing.Literal
+        else words.get(option, 'None') for option in alternatives(kind))
+
+
+def check(key, value, source, keys):
+    """The value as the key takes it: floats made of ints. Ends the program where it does not fit."""
+    if key not in keys:
+        close = difflib.get_close_matches(key, keys, n=1)
+        hint = RENAMED.get(key) or (f'{close[0]}?' if close else 'see --help')
+        fail(f'{source}: no key is called {key}; {hint}')
+    kind = keys[key][1]
+    if key == 'block_types' and isinstance(value, str):
+        return value                    # a pattern: it is repeated once n_layer is known
+    if isinstance(value, tuple):
+        value = list(value)
+    if not accepts(kind, value):
+        fail(f'{source}: {key} is {value!r}, it must be {in_words(kind)}')
+    holds, wanted = LIMITS.get(key, (None, None))
+    if holds and value is not None and not holds(value):
+        fail(f'{source}: {key} is {value!r}, it must be {wanted}')
+    return float(value) if type(value) is int and float in alternatives(kind) else value
+
+
+def read_file(path):
+    """The assignments of a config file, as a dict. Names with a leading underscore and imports are its own affair."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        close = difflib.get_close_matches(str(path), [f'config/{p.name}' for p in DEFAULTS.parent.glob('*.py')], n=1)
+        fail(f'{path}: not a readable config file ({getattr(error, "strerror", None) or error})'
+             + (f'; {close[0]}?' if close else ''))
+    namespace = {}
+    try:
+        exec(compile(text, path, 'exec'), namespace)
+    except Exception as error:          # whatever a config file does wrong, it is its writer's to read
+        fail(f'{path}: {type(error).__name__}: {error}')
+    return {key: value for key, value in namespace.items()
+            if not key.startswith('_') and not isinstance(value, types.ModuleType)}
+
+
+def parse_value(text, kind):
+    """A flag's value: text where the key takes text, else literals and their arithmetic: 5*8, ['tp','spd']*6."""
+    if str in alternatives(kind):
+        return None if text == 'None' and kind is not str else text
+    allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.Load,
+               ast.BinOp, ast.Mult, ast.Add, ast.Sub, ast.Div)
+    try:
+        tree = ast.parse(text, mode='eval')
+        if all(isinstance(node, allowed) for node in ast.walk(tree)):
+            return eval(compile(tree, 'a flag', 'eval'), {'__builtins__': {}})
+    except (SyntaxError, ValueError, TypeError, ZeroDivisionError):
+        pass                            # not a literal: text, which the key's type then takes or refuses
+    return text
+
+
+def parse_flag(flag, keys):
+    """--key=value -> (key, value)"""
+    key, equals, text = flag.removeprefix('--').partition('=')
+    if not flag.startswith('--') or not equals:
+        fail(f'{flag}: a flag is --key=value, a config file ends in .py')
+    return key, parse_value(text, keys[key][1] if key in keys else None)
+
+
+def show_help(keys):
+    print(__doc__)
+    for key, (default, kind, comment) in keys.items():
+        print(f'  --{key}={default}'.ljust(40), comment or in_words(kind))
+    sys.exit()
+
+
+def communications(block_types, tp_size):
+    """The guide's count: 2 per TP layer, 1 per SPD layer, 2 for the model's boundaries once a layer is Parallel."""
+    if tp_size == 1:
+        return 0
+    return 2 * block_types.count('tp') + block_types.count('spd') + 2 * ('parallel' in block_types)
+
+
+# what may differ between two calls of one run, or between two runs that are compared: not the recipe
+HOUSEKEEPING = {'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
+                'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard'}
+
+
+def differences(theirs, ours):
+    """The recipe keys in which two configs, as dicts, differ: {key: (theirs, ours)}."""
+    keys = sorted((theirs.keys() | ours.keys()) - HOUSEKEEPING)
+    return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
+
+
+def resolve(config, stems):
+    """Fills in what follows from other keys: the layers' block types, the schedule's end, the run's folder."""
+    pattern = config.block_types
+    if isinstance(pattern, str):
+        names = [name.strip() for name in pattern.split(',')]
+        if config.n_layer % len(names):
+            config.refuse(f'block_types is {pattern}, {len(names)} layers that do not divide n_layer, {config.n_layer}')
+        config.block_types = names * (config.n_layer // len(names))
+    elif pattern is None:
+        config.block_types = ['tp'] * config.n_layer
+    if config.lr_decay_iters is None:
+        config.lr_decay_iters = config.max_iters
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        config.refuse(f'min_lr is {config.min_lr}, above learning_rate, {config.learning_rate}')
+    config.wandb_run_name = '-'.join([config.wandb_run_name, *stems])
+    if config.out_dir is None:
+        config.out_dir = f'out/{config.wandb_run_name}'
+
+
+def load(argv):
+    """
+    argv, as in sys.argv[1:] -> Config. What is wrong in it ends the program with one line and exit status 1.
+
+    The run is called what the last wandb_run_name says, then the names of the config files after the one that set it, so
+    that `train_gpt2_12comm.py cpu.py` is gpt2-124M-12comm-cpu and a toy never shares a folder with a full run.
+    """
+    keys = read_defaults()
+    if '--help' in argv or '-h' in argv:
+        show_help(keys)
+    config = Config(**{key: default for key, (default, _, _) in keys.items()})
+    config.sources = dict.fromkeys(keys, 'config/defaults.py')
+    files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
+    stems = []                          # of the files after the one that named the run
+    for source in files + [arg for arg in argv if arg not in files]:
+        values = read_file(source) if source in files else dict([parse_flag(source, keys)])
+        for key, value in values.items():
+            setattr(config, key, check(key, value, source, keys))
+            config.sources[key] = source
+        if 'wandb_run_name' in values:
+            stems = []
+        elif source in files:
+            stems.append(Path(source).stem)
+    resolve(config, stems)
+    return config

@@ -1,0 +1,73 @@
+"""The embedded corpus: the Python standard library's own sources, one token a byte. It needs no download.
+
+    python data/pystdlib/prepare.py            writes train.bin, val.bin and meta.json beside this file
+
+The same Python version gives the same files wherever its sources are unaltered. So only modules that every
+installation has are taken, and of those no test folders, no tables and no generated text.
+"""
+import argparse
+import hashlib
+import platform
+import sys
+import sysconfig
+import tokenize
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from corpus import byte_encoding, encode_documents, is_prepared, plainly, write_corpus
+
+# Linux distributions and container images ship these apart or not at all
+OFTEN_MISSING = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "venv"}
+# character tables and the help texts of `help()`: long, alike, and no program text
+TABLES = {"encodings", "pydoc_data"}
+VAL_SHARE = 0.1
+
+
+def find_modules(folder):
+    """{posix path: file} of the standard library's modules in this folder, without tests and TABLES."""
+    files = []
+    for module in sys.stdlib_module_names - OFTEN_MISSING - TABLES:
+        files += [folder / f"{module}.py", *(folder / module).rglob("*.py")]
+    files = {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
+    return {name: path for name, path in files.items() if not {"test", "tests"} & set(name.split("/"))}
+
+
+def place_of(name):
+    """A number in [0, 1) that a file's path alone decides."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def read_source(path):
+    with tokenize.open(path) as file:  # decodes as Python itself would; line ends become \n on every system
+        return file.read()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
+                        help="folder to write to (default: this script's)")
+    out = parser.parse_args().out
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    modules = find_modules(folder)
+    # in the order of their hashes, so that the first tokens of val are as mixed as all of it
+    names = sorted(modules, key=place_of)
+    val = [name for name in names if place_of(name) < VAL_SHARE]
+    train = names[len(val):]
+    if not val or not train:
+        raise ValueError(f"this Python has no sources of its standard library in {folder}")
+    texts = {name: read_source(modules[name]) for name in names}
+    digest = hashlib.sha256("".join(f"{name}\n{texts[name]}" for name in names).encode()).hexdigest()
+    source = {"python": platform.python_version(), "files": len(names), "sha256": digest}
+    if is_prepared(out, source):
+        print(f"{out} is already prepared")
+        return
+    encoding = byte_encoding()
+    meta = {"dataset": "pystdlib", "corpus": f"Python {platform.python_version()} standard library sources",
+            "source": source, "tokenizer": "byte", "vocab_size": encoding.n_vocab}
+    write_corpus(out, meta, {"train": [encode_documents(encoding, [texts[name]]) for name in train],
+                             "val": [encode_documents(encoding, [texts[name]]) for name in val]})
+    print(f"{out}: {len(train)} files in train.bin, {len(val)} in val.bin")
+
+
+if __name__ == "__main__":
+    plainly(main)

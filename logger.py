@@ -1,0 +1,95 @@
+"""
+What a run says while it runs: metrics.jsonl always, plain lines or a progress bar on the terminal, W&B where wanted.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}   # W&B's names, where they are not ours
+
+
+class Log:
+    """
+    The first process's log; the others' is silent.
+
+    info: run.json's contents. kept: the bytes of an earlier metrics.jsonl that still hold; what a run wrote after its
+    last checkpoint it will write again. wandb_id: of the W&B run to go on with, if any.
+    """
+
+    def __init__(self, config, first, info, start, kept, wandb_id):
+        self.first, self.wandb = first, None
+        if first:
+            self.metrics = open(Path(config.out_dir) / 'metrics.jsonl', 'ab')
+            self.metrics.truncate(kept)
+            self.bar = tqdm(total=config.max_iters, initial=start, unit='step', disable=not sys.stderr.isatty())
+            if config.wandb_log:
+                self.start_wandb(config, info, wandb_id)
+
+    def say(self, words):
+        """One line for people."""
+        if self.first:
+            self.bar.write(words, file=sys.stdout)
+            sys.stdout.flush()
+
+    def write(self, **line):
+        """One line of metrics, for programs. A number that is not finite is written as null."""
+        if not self.first:
+            return
+        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in line.items()}
+        self.metrics.write(json.dumps(line).encode() + b'\n')
+        self.metrics.flush()
+        if self.wandb:
+            self.guard_wandb(lambda: self.wandb.log({CHARTS.get(key, key): value for key, value in line.items()}))
+
+    def progress(self, step, total, words):
+        """How far the run is: on the bar where there is one, else as a line."""
+        if self.first and self.bar.disable:
+            self.say(f'step {step}/{total} | {words}')
+        elif self.first:
+            self.bar.set_postfix_str(words, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def close(self, exit_code):
+        if self.first:
+            self.bar.close()
+            self.metrics.close()
+            if self.wandb:
+                self.guard_wandb(lambda: self.wandb.finish(exit_code))
+
+    def start_wandb(self, config, info, wandb_id):
+        """Opens the W&B run, or goes on with the one of that id. Without a key it runs offline and never asks."""
+        os.environ.setdefault('WANDB_SILENT', 'true')
+        try:
+            import wandb
+            if 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False):
+                os.environ['WANDB_MODE'] = 'offline'
+                self.say('warning: W&B has no key here and runs offline; after `wandb login`, '
+                         f'`wandb sync {config.out_dir}/wandb/offline-run-*` uploads what it kept')
+            tracked = dict(info['config'], **{key: info[key] for key in (
+                'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus')},
+                all_reduces_forward=info['all_reduces']['forward'],
+                all_reduces_backward=info['all_reduces']['backward'])
+            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=tracked,
+                                    dir=config.out_dir, id=wandb_id, resume='allow', group=info['corpus']['name'],
+                                    job_type='train')
+            self.wandb.define_metric('iter')
+            # W&B drops what comes at a lower step of its own than it has seen; plotted against iter, nothing is lost
+            self.wandb.define_metric('*', step_metric='iter')
+            self.wandb.define_metric('val/loss', step_metric='iter', summary='min,last')
+        except Exception as error:
+            self.say(f'warning: W&B is off for this run: {type(error).__name__}: {str(error).splitlines()[0]}')
+            self.wandb = None
+
+    def guard_wandb(self, call):
+        """Training outlives W&B: its first failure is said, and switches it off."""
+        try:
+            call()
+        except Exception as error:
+            self.say(f'warning: W&B failed and is off from here on: {type(error).__name__}: {error}')
+            self.wandb = None

@@ -1,0 +1,73 @@
+"""
+GPT-2 over R tensor-parallel ranks, as the equations say it, one tp rank after the other. model.py is held to it.
+
+c     (B, T, C)  common stream, the same on every tp rank
+d[r]  (B, T, C)  what tp rank r has added since the last sync; it reads u_r = c + d[r]
+
+Slow on purpose and without dropout: plain slices, Python lists, Python sums. It shares no line with model.py.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+SYNC_AFTER = {'tp': ('attn', 'mlp'), 'spd': ('mlp',), 'parallel': ()}
+
+
+def layer_norm(x, weight, bias):
+    x = x - x.mean(-1, keepdim=True)
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight + bias
+
+
+def attention(w, name, x, r, config):
+    """Partial output of tp rank r's heads, (B, T, C) to (B, T, C); the bias of c_proj is not in it."""
+    T, C = x.shape[1:]
+    hd, n = C // config.n_head, C // config.tp_size
+    mine = slice(r * n, (r + 1) * n)
+    # q, k and v are a third of c_attn's rows each, and this tp rank has its heads' rows of each third
+    thirds = zip(w[name + '.c_attn.weight'].split(C), w[name + '.c_attn.bias'].split(C))
+    q, k, v = (x @ weight[mine].T + bias[mine] for weight, bias in thirds)  # (B, T, n) each
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    heads = []
+    for q_h, k_h, v_h in zip(q.split(hd, -1), k.split(hd, -1), v.split(hd, -1)):
+        scores = q_h @ k_h.transpose(1, 2) / math.sqrt(hd)  # (B, T, T)
+        heads.append(torch.softmax(scores.masked_fill(future, -math.inf), -1) @ v_h)
+    return torch.cat(heads, -1) @ w[name + '.c_proj.weight'][:, mine].T
+
+
+def mlp(w, name, x, r, config):
+    """Partial output of tp rank r's hidden units, (B, T, C) to (B, T, C); the bias of c_proj is not in it."""
+    n = 4 * config.n_embd // config.tp_size
+    mine = slice(r * n, (r + 1) * n)
+    h = x @ w[name + '.c_fc.weight'][mine].T + w[name + '.c_fc.bias'][mine]
+    h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+    return h @ w[name + '.c_proj.weight'][:, mine].T
+
+
+def reference_gpt(weights, config, idx):
+    """Logits (B, T, V) of idx (B, T), and the number of forward all-reduces that it took."""
+    R = config.tp_size
+    # a model without biases is one whose biases are 0
+    w = {name.replace('.weight', '.bias'): p.new_zeros(p.shape[0]) for name, p in weights.items()} | weights
+    c = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][: idx.shape[1]]
+    zero = torch.zeros_like(c)
+    d, apart, syncs = [zero] * R, False, 0
+    for i, block_type in enumerate(config.block_types or ['tp'] * config.n_layer):
+        for sublayer, kind, norm in ((attention, 'attn', 'ln_1'), (mlp, 'mlp', 'ln_2')):
+            block = f'transformer.h.{i}.'
+            ln = w[block + norm + '.weight'], w[block + norm + '.bias']
+            P = [sublayer(w, block + kind, layer_norm(c + d[r], *ln), r, config) for r in range(R)]
+            d = [d[r] + P[r] for r in range(R)]
+            c = c + w[f'{block}{kind}.c_proj.bias']
+            apart = True
+            if kind in SYNC_AFTER[block_type]:
+                c, d, apart, syncs = c + sum(d), [zero] * R, False, syncs + 1
+    if apart:
+        c, syncs = c + sum(d), syncs + 1
+    c = layer_norm(c, w['transformer.ln_f.weight'], w['transformer.ln_f.bias'])
+    # one rank alone has nobody to all-reduce with
+    return c @ w['transformer.wte.weight'].T, syncs if R > 1 else 0
+
+
+def reference_loss(logits, targets):
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

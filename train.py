@@ -1,0 +1,504 @@
+"""
+Trains one run of the experiment, in one process or over several data-parallel ones.
+
+    python train.py config/train_gpt2_12comm.py config/cpu.py
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_12comm.py --max_iters=20000
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train.py ...
+
+`python train.py --help` lists every key. The run's folder gets metrics.jsonl, run.json and checkpoints; the batches of a
+step follow from (seed, step) alone, so that runs differ in nothing but what their configs say.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from configurator import communications, differences, fail, load
+from corpus import open_corpus
+from dataloader import TrainLoader, val_batches
+from logger import Log
+from model import GPT, GPTConfig, count_all_reduces
+
+RESUMABLE = 75                          # EX_TEMPFAIL: stopped by a signal, saved, to be continued
+ROOT = Path(__file__).resolve().parent
+
+signals = []                            # those received that ask the run to save and leave
+
+# dense bf16 and fp16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's counts
+PEAK_FLOPS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H20': 148e12, 'B200': 2250e12, 'A100': 312e12,
+              'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12,
+              'RTX 3090': 71e12}
+
+
+def peak_flops(device, dtype):
+    """The peak of the device of that name, in FLOP/s. None where it is not known."""
+    found = [peak for name, peak in PEAK_FLOPS.items() if re.search(rf'\b{name}\b', device)]
+    return found[0] if found and dtype != 'float32' else None
+
+
+# where this process is and what it runs on
+
+
+class Place(NamedTuple):
+    ddp_rank: int
+    ddp_size: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.ddp_rank == 0
+
+
+def find_place(config):
+    """This process's Place, from torchrun's environment. Refuses a device that is not there."""
+    name = config.device
+    if name == 'cuda' and 'LOCAL_RANK' in os.environ:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        config.refuse(f'device is {name}, which this machine or this torch does not have; try --device=cpu')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        if config.dtype == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
+            config.refuse('dtype is bfloat16, which this GPU does not compute; try --dtype=float16')
+    return Place(int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), device)
+
+
+def connect(config, place):
+    if place.ddp_size > 1:
+        backend = config.backend or ('nccl' if place.device.type == 'cuda' else 'gloo')
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+
+def agree(value, place):
+    """The first process's value, on every process."""
+    values = [value]
+    if place.ddp_size > 1:
+        dist.broadcast_object_list(values, src=0, device=place.device)
+    return values[0]
+
+
+def total(values, place):
+    """A tensor of a few numbers, summed over the processes."""
+    if place.ddp_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+# the run's folder
+
+
+def claim(config):
+    """
+    Locks out_dir for this run; what is there is never overwritten but for the lines of a run without a checkpoint.
+
+    Returns the result, in words, of a run that is finished already, else None. Raises ValueError where out_dir is not
+    this run's to write.
+    """
+    out_dir, resume = config.out_dir, config.init_from == 'resume'
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        checkpoint.lock(out_dir)
+    except OSError as error:
+        raise ValueError(f'out_dir is {out_dir}, which cannot be written: {error.strerror}') from error
+    info, saved = checkpoint.read_json(f'{out_dir}/run.json'), checkpoint.exists(out_dir)
+    changed = differences(info['config'], vars(config)) if info else {}
+    if info and info['state'] == 'finished' and not changed:
+        return f'{info["name"]} is finished: val loss {info["val_loss"]:.4f} at step {info["iter"]} ({out_dir})'
+    if resume and not saved:
+        raise ValueError(f'init_from is resume, but {out_dir} has no checkpoint')
+    if changed and not resume:
+        words = ', '.join(f'{key} is {theirs} there, {ours} here' for key, (theirs, ours) in changed.items())
+        raise ValueError(f'out_dir is {out_dir}, which holds another run ({words}); give this one an --out_dir')
+    if saved and not resume:
+        raise ValueError(f'out_dir is {out_dir}, which holds this run unfinished; --init_from=resume continues it')
+
+
+def claim_together(config, place):
+    """claim() by the first process, its outcome on all."""
+    result = refusal = None
+    if place.first:
+        try:
+            result = claim(config)
+        except ValueError as error:
+            refusal = str(error)
+    result, refusal = agree((result, refusal), place)
+    if refusal:
+        config.refuse(refusal)
+    return result
+
+
+def describe(config, corpus, model, observed, place):
+    """What run.json says of a run from its start: what it is, and what made it."""
+    git = subprocess.run(['git', 'rev-parse', '--verify', '-q', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    device = torch.cuda.get_device_name(place.device) if place.device.type == 'cuda' else str(place.device)
+    return dict(
+        name=config.wandb_run_name, state='running', iter=0, config=vars(config),
+        corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
+                    **{key: corpus.meta[key] for key in ('corpus', 'tokenizer', 'vocab_size')}),
+        communications=communications(config.block_types, config.tp_size),
+        all_reduces=vars(observed), parameters=model.num_params(), flops_per_token=model.flops_per_token(),
+        tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
+        processes=place.ddp_size, device=device, git_commit=git.stdout.strip() or None,
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        argv=sys.argv[1:])
+
+
+# the model
+
+
+def observe_all_reduces(model):
+    """What f_op and g_op do in one pass over two tokens, eagerly: AllReduces."""
+    idx = torch.zeros(1, 2, dtype=torch.long)
+    with count_all_reduces() as observed:
+        model(idx, idx)[1].backward()
+    model.zero_grad(set_to_none=True)
+    return observed
+
+
+def autocast(config, place):
+    dtype = getattr(torch, config.dtype)
+    return torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def compiled(model, loader, config, place, say):
+    """The model under torch.compile, tried on an empty micro-batch; where that fails, the model itself and a line why."""
+    try:
+        fast, reason = torch.compile(model), None
+        idx = torch.zeros(loader.micro_batch, config.block_size, dtype=torch.long, device=place.device)
+        with autocast(config, place):
+            loss = fast(idx, idx)[1]
+        loss.backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:          # the compiler fails in many ways, and eager training needs none of them
+        reason = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+    model.zero_grad(set_to_none=True)
+    failures = total(torch.tensor(float(reason is not None), device=place.device), place)
+    if failures.item() == 0:
+        return fast
+    say(f'warning: torch.compile failed, training runs eagerly ({reason or "on another process"})')
+    return model
+
+
+# a step and an evaluation
+
+
+def learning_rate(it, config):
+    """The rate of update `it`, counted from 0: linear warmup, then a cosine from learning_rate down to min_lr."""
+    if not config.decay_lr:
+        return config.learning_rate
+    if it < config.warmup_iters:
+        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
+    if it >= config.lr_decay_iters:
+        return config.min_lr
+    progress = (it - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def train_step(model, optimizer, scaler, batches, lr, config, place, stopping=False):
+    """
+    One update from a list of equal micro-batches (x, y). Returns (loss, grad_norm, stopping), the same on all processes: the
+    mean loss of the global batch, its gradient's norm before clipping, and if any process is stopping.
+
+    A step whose loss or gradient is not finite updates nothing. One transfer to the host decides all of it.
+    """
+    loss = torch.zeros((), device=place.device)
+    for i, (x, y) in enumerate(batches, 1):
+        waits = i < len(batches) and place.ddp_size > 1     # gradients are averaged after the last one only
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast(config, place):
+                micro_loss = model(x, y)[1] / len(batches)
+            scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    reduced = total(torch.stack((loss / place.ddp_size, torch.tensor(float(stopping), device=place.device))), place)
+    loss, stopping, norm = torch.cat((reduced, norm.view(1))).tolist()
+    if math.isfinite(loss) and math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm, stopping > 0
+
+
+@torch.no_grad()
+def evaluate(model, tokens, config, place):
+    """(val_loss, val_tokens): the mean over the first eval_tokens tokens of val, each read once, by all processes."""
+    model.eval()
+    nats, count = [], 0
+    for x, y, n in val_batches(tokens, config.block_size, config.batch_size, config.eval_tokens,
+                               place.ddp_rank, place.ddp_size, place.device):
+        with autocast(config, place):
+            nats.append(model(x, y)[1].float() * n)
+        count += n
+    model.train()
+    summed = math.fsum(torch.stack(nats).tolist()) if nats else 0.0
+    exact = torch.float32 if place.device.type == 'mps' else torch.float64
+    summed, count = total(torch.tensor([summed, count], dtype=exact, device=place.device), place).tolist()
+    return summed / count, int(count)
+
+
+# the run
+
+
+def on_cpu(model, optimizer):
+    """The model's and the optimizer's state on the CPU. The tied head is wte itself, so that a file holds it once."""
+    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    state = optimizer.state_dict()
+    moments = {i: {key: value.cpu() for key, value in entry.items()} for i, entry in state['state'].items()}
+    return dict(model=weights, optimizer=dict(state, state=moments))
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with weights and moments, all that an exact resume needs."""
+    iter: int = 0                       # updates made
+    evaluated: int = -1                 # the last evaluation was after so many
+    val_loss: float | None = None       # what it gave
+    best_val_loss: float = math.inf
+    skipped: int = 0                    # updates without a finite gradient, in all
+    seconds: float = 0.0                # of training, evaluations included, over all resumes
+    metrics_bytes: int = 0              # the size of metrics.jsonl, every line of which holds
+    wandb_id: str | None = None
+
+
+class Run:
+    """One run: what it trains and where it stands."""
+
+    def __init__(self, config, place, corpus, model_config, loader):
+        self.config, self.place, self.corpus, self.loader = config, place, corpus, loader
+        torch.manual_seed(config.seed)  # on the CPU: a seed gives the same weights whatever the device
+        self.raw = GPT(model_config)
+        self.info = describe(config, corpus, self.raw, observe_all_reduces(self.raw), place)
+        self.raw.to(place.device)
+        self.optimizer = self.raw.configure_optimizers(
+            config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.dtype == 'float16')
+        self.now = Progress()
+
+    def restore(self):
+        """Goes on from the latest checkpoint that can be read. Returns lines to say. Raises ValueError if none fits."""
+        config, lines = self.config, []
+        path, saved = checkpoint.load_latest(config.out_dir, lines.append)
+        there = dict(saved['config'], vocab_size=saved['vocab_size'])
+        changed = differences(there, dict(vars(config), vocab_size=self.raw.config.vocab_size))
+        for key in {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'} & changed.keys():
+            raise ValueError(f'{key} is {changed[key][1]}, {path} holds a network with {changed[key][0]}')
+        if saved['iter'] > config.max_iters:
+            raise ValueError(f'max_iters is {config.max_iters}, {path} is at step {saved["iter"]} already')
+        self.raw.load_state_dict(saved['model'])
+        self.optimizer.load_state_dict(saved['optimizer'])
+        self.scaler.load_state_dict(saved['scaler'])
+        self.now = Progress(**saved['progress'])
+        lines += [f'warning: {key} was {theirs} up to step {self.now.iter}, it is {ours} from here on'
+                  for key, (theirs, ours) in changed.items()]
+        return lines + [f'resuming from {path} at step {self.now.iter}']
+
+    def save(self, best=False):
+        """A checkpoint, and run.json beside it. A disk that refuses is warned of, and training goes on."""
+        self.now.metrics_bytes, self.now.wandb_id = self.log.size(), self.log.wandb_id()
+        state = dict(on_cpu(self.raw, self.optimizer), scaler=self.scaler.state_dict(), iter=self.now.iter,
+                     config=vars(self.config), vocab_size=self.raw.config.vocab_size, corpus=self.corpus.meta,
+                     progress=asdict(self.now))
+        try:
+            checkpoint.save(self.config.out_dir, state, best)
+            self.note_state('running')
+        except OSError as error:
+            self.log.say(f'warning: no checkpoint at step {self.now.iter}: {error}; the last one is intact')
+
+    def note_state(self, state):
+        self.info.update(state=state, iter=self.now.iter, val_loss=self.now.val_loss, seconds=self.now.seconds)
+        checkpoint.write_json(f'{self.config.out_dir}/run.json', self.info)
+
+    def train(self, lines):
+        """Updates until max_iters, or until a signal. Returns whether the run is finished. Says `lines` at its start."""
+        config, place, now = self.config, self.place, self.now
+        self.note_state('running')
+        self.log = Log(config, place.first, self.info, now.iter, now.metrics_bytes, now.wandb_id)
+        for line in self.introduction() + lines:
+            self.log.say(line)
+        self.model = compiled(self.raw, self.loader, config, place, self.log.say) if config.compile else self.raw
+        self.ddp = DistributedDataParallel(self.model) if place.ddp_size > 1 else self.model
+        stopping, self.failures, self.timed = False, 0, []
+        while not stopping:
+            due = now.iter % config.eval_interval == 0 or now.iter == config.max_iters
+            if due and now.evaluated != now.iter:
+                self.evaluate()
+            if now.iter == config.max_iters:
+                self.note_state('finished')
+                return True
+            stopping = self.step()
+        self.save()
+        self.note_state('resumable')
+        return False
+
+    def introduction(self):
+        """The head of a log: what made this run."""
+        info, reduced = self.info, self.info['all_reduces']
+        versions = ', '.join(f'{name} {version}' for name, version in info['versions'].items())
+        return [f'{info["name"]} -> {self.config.out_dir}',
+                f'{info["parameters"]:,} parameters, {info["communications"]} communications '
+                f'({reduced["forward"]} all-reduces forward, {reduced["backward"]} backward)',
+                f'{info["corpus"]["corpus"]}, {info["tokens_per_step"]:,} tokens a step',
+                f'{info["processes"]} x {info["device"]}, {versions}, commit {info["git_commit"]}',
+                f'config: {json.dumps(info["config"])}']
+
+    def step(self):
+        """One update, logged where it is due. Returns whether to stop."""
+        config, now = self.config, self.now
+        began, lr = time.perf_counter(), learning_rate(now.iter, config)
+        try:
+            batches = list(self.loader.batches(now.iter))
+        except ValueError as error:     # met by this process alone, which therefore says it itself
+            sys.exit(f'error: {error}')
+        if config.dropout:              # masks follow from the step, so that a resumed run draws the same
+            seeds = np.random.SeedSequence((config.seed, now.iter, self.place.ddp_rank))
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        loss, norm, stopping = train_step(self.ddp, self.optimizer, self.scaler, batches, lr, config, self.place,
+                                          stopping=bool(signals))
+        now.iter += 1
+        self.timed.append(time.perf_counter() - began)
+        now.seconds += self.timed[-1]
+        self.count_failure(loss, norm, lr)
+        if now.iter % config.log_interval == 0 or now.iter == config.max_iters:
+            self.log_step(loss, norm, lr)
+        return stopping
+
+    def count_failure(self, loss, norm, lr):
+        """Ends the run once too many steps in a row had no finite gradient and so updated nothing."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.failures = 0
+            return
+        self.failures += 1
+        self.now.skipped += 1
+        what = f'step {self.now.iter}: loss {loss}, grad norm {norm}, lr {lr:.2e}'
+        self.log.say(f'warning: {what}; this step updated nothing')
+        # float16's loss scale starts too high on purpose, and comes down by such steps
+        if self.failures == (25 if self.scaler.is_enabled() else 5):
+            fail(f'{what}, the {self.failures}th step in a row without a finite gradient; try a lower --learning_rate '
+                 f'or --grad_clip=1.0; the last checkpoint in {self.config.out_dir} is intact')
+
+    def log_step(self, loss, norm, lr):
+        config, now, cuda = self.config, self.now, self.place.device.type == 'cuda'
+        seconds = sum(self.timed) / len(self.timed)
+        speed = self.info['tokens_per_step'] / seconds
+        peak = peak_flops(self.info['device'], config.dtype)
+        mfu = peak and speed * self.info['flops_per_token'] / (peak * self.place.ddp_size)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        self.timed = []
+        self.log.write(iter=now.iter, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_sec=speed, mfu=mfu,
+                       peak_memory_gib=memory, skipped=now.skipped)
+        left = timedelta(seconds=round(seconds * (config.max_iters - now.iter)))
+        self.log.progress(now.iter, config.max_iters, f'train {loss:.4f} | lr {lr:.2e} | grad norm {norm:.2f} | {speed:,.0f} tokens/s | '
+                          + (f'mfu {mfu:.1%} | ' if mfu else '') + f'{left} left')
+
+    def evaluate(self):
+        """Validation loss, and a checkpoint."""
+        config, now, began = self.config, self.now, time.perf_counter()
+        now.val_loss, tokens = evaluate(self.model, self.corpus.val, config, self.place)
+        now.evaluated = now.iter
+        now.seconds += time.perf_counter() - began
+        best = now.val_loss < now.best_val_loss
+        now.best_val_loss = min(now.val_loss, now.best_val_loss)
+        self.log.write(iter=now.iter, val_loss=now.val_loss, val_tokens=tokens)
+        self.log.say(f'step {now.iter}: val loss {now.val_loss:.4f} over {tokens:,} tokens' + ' (best)' * best)
+        if config.always_save_checkpoint or best or now.iter == config.max_iters:
+            self.save(best)
+
+    def save(self, best=False):
+        """A checkpoint, by the first process. A disk that refuses is warned of, and training goes on."""
+        if not self.place.first:
+            return
+        self.now.metrics_bytes = self.log.metrics.tell()
+        self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
+        state = dict(on_cpu(self.raw, self.optimizer), scaler=self.scaler.state_dict(), iter=self.now.iter,
+                     config=vars(self.config), vocab_size=self.raw.config.vocab_size, corpus=self.corpus.meta,
+                     progress=asdict(self.now))
+        try:
+            checkpoint.save(self.config.out_dir, state, best)
+        except OSError as error:
+            self.log.say(f'warning: no checkpoint at step {self.now.iter}, {error}; the last one is intact')
+
+    def note_state(self, state):
+        """run.json, by the first process: state is one of running, finished, resumable, failed."""
+        if self.place.first:
+            self.info.update(state=state, iter=self.now.iter, val_loss=self.now.val_loss, seconds=self.now.seconds)
+            checkpoint.write_json(f'{self.config.out_dir}/run.json', self.info)
+
+
+def smaller_batches(config):
+    """The flags that keep a step's windows and take about two thirds of the memory."""
+    windows = config.batch_size * config.gradient_accumulation_steps
+    size = max(n for n in range(1, config.batch_size * 2 // 3 + 2) if windows % n == 0)
+    return f'--batch_size={size} --gradient_accumulation_steps={windows // size}'
+
+
+def main(argv):
+    config = load(argv)
+    place = find_place(config)
+    try:
+        corpus = open_corpus(config.dataset)
+        vocab_size = math.ceil(corpus.vocab_size / 64) * 64
+        shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name != 'vocab_size'}
+        model_config = GPTConfig(vocab_size=vocab_size, **shape)
+        loader = TrainLoader(corpus.train, config.block_size, config.batch_size * config.gradient_accumulation_steps,
+                             config.seed, place.ddp_rank, place.ddp_size, config.batch_size, place.device)
+    except ValueError as error:
+        config.refuse(str(error))
+    connect(config, place)
+    if not config.eval_only and (result := claim_together(config, place)):
+        if place.first:
+            print(result)
+        return
+    run = Run(config, place, corpus, model_config, loader)
+    try:
+        lines = run.restore() if config.init_from == 'resume' else []
+    except ValueError as error:
+        config.refuse(str(error))
+    if config.eval_only:
+        loss, tokens = evaluate(run.raw, corpus.val, config, place)
+        if place.first:
+            print('\n'.join(lines + [f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}']))
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    try:
+        finished = run.train(lines)
+    except torch.OutOfMemoryError:
+        run.note_state('failed')
+        sys.exit(f'error: out of GPU memory; {smaller_batches(config)} keeps the batch and takes less')
+    except BaseException:
+        run.note_state('failed')
+        raise
+    run.log.close(0 if finished else RESUMABLE)
+    if place.ddp_size > 1:
+        dist.destroy_process_group()
+    if not finished:
+        sys.exit(RESUMABLE)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
