@@ -4,9 +4,9 @@ Compare runs: validation loss against communications, from the files that train.
     python compare.py                                    # every run folder under out/
     python compare.py out/*-cpu-seed* --out=results      # these, and the answer somewhere else
 
-It reads each folder's run.json and metrics.jsonl, prints a table and the answers to the guide's questions, and writes
-table.md, table.csv and three plots to --out. A run is paired with the dense control of the same seed, data and recipe;
-what counts is that difference. Runs that did not finish are named and stay out of every mean.
+It reads each folder's run.json and metrics.jsonl, prints a table and answers to the guide's questions, and
+writes table.md, table.csv and three plots to --out. A run is paired with the dense control of the same seed,
+data and recipe; what counts is that difference. Runs that did not finish are named and stay out of every mean.
 
 References  Student's t interval of paired differences: Student (1908), Biometrika 6(1)
 """
@@ -25,16 +25,17 @@ from pathlib import Path
 
 from configurator import HOUSEKEEPING, fail
 
-VARIED = {'seed', 'block_types', 'tp_size'}     # what the experiment varies; the rest of a config is its recipe
+VARIED = {'seed', 'block_types', 'tp_size'}     # what the experiment varies; the rest is the recipe
 
-# the guide's thresholds hold for one model, length and tokenizer. 5% leaves room for "about 20k" (llm.c's is 19,560)
-GUIDE = {'tokenizer': 'gpt2', 'datasets': ('openwebtext', 'fineweb'), 'steps': 20_000, 'parameters': 124_373_760}
+# the guide's thresholds hold for one model, length and tokenizer
+GUIDE_STEPS, GUIDE_PARAMETERS, GUIDE_DATASETS = 20_000, 124_373_760, ('openwebtext', 'fineweb')
 GUIDE_SCOPE = '124M parameters on GPT-2 tokens of OpenWebText or FineWeb after 20k steps'
 GOALS = (('Key question 1: below 3.35 with 12 communications?', 12, 3.35),
          ('Key question 2: below 3.40 with 6 communications?', 6, 3.40),
          ('Minimum goal: below 3.40 with 12 communications?', 12, 3.40),
          ('Stretch goal: below 3.35 with 8 communications?', 8, 3.35),
          ('Dream goal: below 3.30 with 6 communications?', 6, 3.30))
+NEEDED = {'name', 'state', 'config', 'corpus', 'communications', 'all_reduces', 'parameters'}  # of a run.json
 UNANSWERED = 'Not answerable from these runs'
 CLIFF = 3           # a step this many times as steep as the next steepest is called a cliff
 
@@ -47,7 +48,8 @@ def read_metrics(path):
     """
     The two kinds of lines of a metrics.jsonl, as {iter: line}: evaluations, log lines.
 
-    A run that was killed may leave half a line at the end, which is dropped; any other broken line ends the program.
+    A run that was killed may leave half a line at the end, which is dropped. Any other broken line ends the
+    program.
     """
     evals, logs = {}, {}
     lines = path.read_bytes().split(b'\n') if path.exists() else []
@@ -67,7 +69,7 @@ def read_info(path):
     """A run.json as a dict. Ends the program where it lacks what a comparison needs."""
     try:
         info = json.loads(path.read_bytes())
-        missing = {'name', 'state', 'config', 'corpus', 'communications', 'all_reduces', 'parameters'} - info.keys()
+        missing = NEEDED - info.keys()
     except (ValueError, AttributeError):
         fail(f'{path} is not JSON as train.py writes it: move the folder away, or train it again')
     if missing:
@@ -95,7 +97,7 @@ class Run:
 
     @property
     def tokens_per_sec(self):
-        """Median over the log lines; the first, which pays for start-up, is left out where there are others."""
+        """Median over the log lines, without the first, which pays for start-up, where there are others."""
         speeds = [line['tokens_per_sec'] for line in self.logs.values() if line.get('tokens_per_sec')]
         return statistics.median(speeds[1:] or speeds) if speeds else math.nan
 
@@ -107,6 +109,7 @@ def read_run(folder):
     run = Run(folder, read_info(folder / 'run.json'), *read_metrics(folder / 'metrics.jsonl'))
     state, last = run.info['state'], run.config['max_iters']
     if state != 'finished':
+        state = 'running, or killed' if state == 'running' else state
         run.trouble = f'{state}, last seen at step {max([0, *run.evals, *run.logs])} of {last}'
     elif last not in run.evals:
         run.trouble = f'finished, but without an evaluation at step {last}'
@@ -134,9 +137,8 @@ def find_runs(paths):
 
 
 def recipe(config):
-    """The part of a run's config that two runs must share before their losses may be compared, as a dict."""
-    shared = {key: value for key, value in config.items()
-              if key not in VARIED | HOUSEKEEPING}
+    """What two runs must share of their configs before their losses may be compared, as a dict."""
+    shared = {key: value for key, value in config.items() if key not in VARIED | HOUSEKEEPING}
     # 12 x 40 and 8 x 60 are the same step
     shared['windows per step'] = shared.pop('batch_size') * shared.pop('gradient_accumulation_steps')
     return shared
@@ -145,7 +147,8 @@ def recipe(config):
 def settings(run):
     """The recipe and the corpus of a run, as a dict."""
     corpus = run.info['corpus']
-    return recipe(run.config) | {f'corpus {key}': corpus[key] for key in ('corpus', 'tokenizer', 'val_sha256')}
+    named = {f'corpus {key}': corpus[key] for key in ('corpus', 'tokenizer', 'val_sha256')}
+    return recipe(run.config) | named
 
 
 def differing(runs):
@@ -158,15 +161,15 @@ def differing(runs):
 
 
 def refuse_mixed(runs):
-    """Ends the program where the runs are of different corpora, recipes or lengths: one line that says which."""
-    mixed = differing(runs)
-    if mixed:
-        what = '; '.join(f'{key} is ' + ' and '.join(f'{value} in {folder}' for value, folder in values.items())
-                         for key, values in mixed.items())
-        fail(f'these runs cannot be compared: {what}. Name folders that agree, or give --mix')
+    """Ends the program where corpora, recipes or lengths differ, in one line that says which."""
+    told = []
+    for key, values in differing(runs).items():
+        told.append(f'{key} is ' + ' and '.join(f'{value} in {folder}' for value, folder in values.items()))
+    if told:
+        fail(f'these runs cannot be compared: {"; ".join(told)}. Name folders that agree, or give --mix')
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """The finished runs that differ in nothing but their seed."""
     runs: dict                                      # seed -> Run
@@ -193,7 +196,8 @@ class Row:
     @property
     def label(self):
         """A few words for a plot."""
-        return ('dense control' if self.dense else f'{self.communications}, tp_size {self.tp_size}') + self.note
+        words = 'dense control' if self.dense else f'{self.communications}, tp_size {self.tp_size}'
+        return words + self.note
 
     @property
     def title(self):
@@ -205,7 +209,7 @@ def group(runs):
     """
     Finished runs as rows: each dense control, then its configs with most communications first.
 
-    Ends the program where a setting and seed was run twice: averaging would count it double, choosing is a guess.
+    Ends the program where one was run twice: averaging would count it double, choosing would be a guess.
     """
     rows, mixed = {}, differing(runs)
     for run in sorted(runs, key=lambda run: run.config['seed']):
@@ -215,13 +219,13 @@ def group(runs):
         seeds = rows.setdefault((json.dumps(own, sort_keys=True), kind), (note, {}))[1]
         twin = seeds.setdefault(run.config['seed'], run)
         if twin is not run:
-            fail(f'{twin.folder} and {run.folder} are the same run, seed {run.config["seed"]}: name one')
+            fail(f'{twin.folder} and {run.folder} are one run twice, of seed {run.config["seed"]}: name one')
     rows = {key: Row(by_seed, note=note) for key, (note, by_seed) in rows.items()}
     for (own, kind), row in rows.items():
         row.control = rows.get((own, 'dense'))
     for row in rows.values():
-        alike = [other for other in rows.values() if (other.tp_size, other.control) == (row.tp_size, row.control)]
-        row.floor = rounding_floor(alike)
+        row.floor = rounding_floor([other for other in rows.values()
+                                    if other.tp_size == row.tp_size and other.control is row.control])
     return sorted(rows.values(), key=lambda row: (row.note, not row.dense, -row.communications, row.tp_size))
 
 
@@ -253,7 +257,7 @@ def estimate(values):
 
 
 def paired(row, other):
-    """row minus other in validation loss over the seeds that both have, as an Estimate; None where they share none."""
+    """row minus other in validation loss, over the seeds that both have; None where they share none."""
     if other is None:
         return None
     return estimate([row.losses[seed] - other.losses[seed] for seed in row.losses if seed in other.losses])
@@ -268,15 +272,16 @@ def rounding_floor(rows):
     """
     The largest |all-tp minus dense| over the seeds: two equal functions, so only rounding sets them apart.
 
-    None where there is no such pair. The largest, not the mean: a difference must beat what rounding did to any seed.
+    None where there is no such pair. Not their mean: a difference must beat what rounding did to any seed.
     """
-    gaps = [abs(loss - row.control.losses[seed]) for row in rows if set(row.block_types) == {'tp'} and row.control
-            and not row.dense for seed, loss in row.losses.items() if seed in row.control.losses]
+    gaps = [abs(loss - row.control.losses[seed])
+            for row in rows if set(row.block_types) == {'tp'} and row.control and not row.dense
+            for seed, loss in row.losses.items() if seed in row.control.losses]
     return max(gaps, default=None)
 
 
 def judge(difference, floor):
-    """What may be said of a difference, in a word. It is real only above the floor and with an interval without 0."""
+    """What may be said of a difference, in a word: real only above the floor, with an interval without 0."""
     if difference is None:
         return 'no pair of runs'
     if floor is not None and abs(difference.mean) <= floor:
@@ -311,10 +316,10 @@ def switches(row):
 
 def in_scope(run):
     """Do the guide's thresholds apply to a run."""
-    dataset, tokenizer = run.config['dataset'], run.info['corpus']['tokenizer']
-    steps, parameters = run.config['max_iters'], run.info['parameters']
-    return (tokenizer == GUIDE['tokenizer'] and dataset in GUIDE['datasets']
-            and abs(steps / GUIDE['steps'] - 1) <= 0.05 and abs(parameters / GUIDE['parameters'] - 1) <= 0.01)
+    steps = run.config['max_iters'] / GUIDE_STEPS       # "about 20k": llm.c's run has 19,560
+    parameters = run.info['parameters'] / GUIDE_PARAMETERS
+    return (run.info['corpus']['tokenizer'] == 'gpt2' and run.config['dataset'] in GUIDE_DATASETS
+            and abs(steps - 1) <= 0.05 and abs(parameters - 1) <= 0.01)
 
 
 def below(row, limit):
@@ -322,12 +327,13 @@ def below(row, limit):
     loss = estimate(list(row.losses.values()))
     if loss.half is None:
         return f'{"yes" if loss.mean < limit else "no"}, {loss.mean:.4f} in one seed, no interval'
-    answer = 'yes' if loss.mean + loss.half < limit else 'no' if loss.mean - loss.half >= limit else 'undecided'
-    return f'{answer}, {loss.mean:.4f} [{loss.mean - loss.half:.4f}, {loss.mean + loss.half:.4f}] (n={loss.n})'
+    low, high = loss.mean - loss.half, loss.mean + loss.half
+    answer = 'yes' if high < limit else 'no' if low >= limit else 'undecided'
+    return f'{answer}, {loss.mean:.4f} [{low:.4f}, {high:.4f}] (n={loss.n})'
 
 
 def goal(rows, communications, limit):
-    """The answer to one threshold question, as lines: absolute where it applies, and relative to the dense control."""
+    """The answer to one threshold question, as lines: absolute where it applies, and relative to dense."""
     rows = [row for row in rows if not row.dense and row.communications == communications]
     if not rows:
         return [f'{UNANSWERED}: no run with {communications} communications has finished']
@@ -336,25 +342,27 @@ def goal(rows, communications, limit):
         if in_scope(row.first):
             lines.append(f'{row.title}: {below(row, limit)}')
             if row.first.config['dataset'] == 'openwebtext':
-                lines.append("(3.28 is FineWeb's figure; dense GPT-2 ends lower on OpenWebText: read the difference)")
+                lines.append("(3.28 is FineWeb's; on OpenWebText dense GPT-2 ends lower: see the difference)")
     if not all(in_scope(row.first) for row in rows):
         lines.append(f'not answerable: thresholds are for {GUIDE_SCOPE}')
-    return lines + [f'relative form, {row.title} minus dense: {verdict(to_dense(row), row.floor)}' for row in rows]
+    return lines + [f'relative form, {row.title} minus dense: {verdict(to_dense(row), row.floor)}'
+                    for row in rows]
 
 
 def placement(rows):
-    """Does alternating placement beat clustered, where two rows have the same blocks in another order, as lines."""
+    """Does alternating placement beat clustered, where two rows have the same blocks in another order."""
     lines = []
     for a, b in combinations([row for row in rows if not row.dense], 2):
         if (a.tp_size, a.note, Counter(a.block_types)) == (b.tp_size, b.note, Counter(b.block_types)):
             even, clustered = sorted((a, b), key=switches, reverse=True)
-            lines.append(f'{even.title} minus {clustered.title}: {verdict(paired(even, clustered), a.floor)}')
+            difference = paired(even, clustered)
+            lines.append(f'{even.title} minus {clustered.title}: {verdict(difference, a.floor)}')
     return lines or [f'{UNANSWERED}: no two have the same blocks in another order']
 
 
 def curves(rows):
     """
-    The rows of each loss-against-communications curve, most communications first: one curve per tp_size (and settings).
+    The rows of each curve of loss against communications, most communications first: one curve per tp_size.
 
     Where a count was placed in several ways, the curve goes through the most alternating.
     """
@@ -365,10 +373,11 @@ def curves(rows):
 
 
 def cliff(curve):
-    """Is there a cliff in one curve: its steepest step, per communication removed, against the next steepest."""
-    steps = [(paired(low, high), high.communications, low.communications) for high, low in zip(curve, curve[1:])]
+    """Is there a cliff in one curve: its steepest step, per communication, against the next steepest."""
+    steps = [(paired(low, high), high.communications, low.communications)
+             for high, low in zip(curve, curve[1:])]
     if len(curve) < 4 or any(step is None for step, _, _ in steps):
-        return f'{UNANSWERED}: it takes at least four counts with shared seeds, and there are {len(curve)} counts'
+        return f'{UNANSWERED}: it takes four counts with shared seeds at least, here are {len(curve)} counts'
     steps.sort(key=lambda step: step[0].mean / (step[1] - step[2]), reverse=True)
     (rise, start, end), (next_rise, next_start, next_end) = steps[:2]
     slope, next_slope = rise.mean / (start - end), next_rise.mean / (next_start - next_end)
@@ -379,7 +388,7 @@ def cliff(curve):
         return f'none seen: {picked}, within the rounding floor of {curve[0].floor:.4f}'
     if rise.half is not None and rise.mean <= rise.half:
         return f'none shown: {picked}, not told apart from 0'
-    against = f'{slope:.5f} per communication removed, against {next_slope:.5f} from {next_start} to {next_end}'
+    against = f'{slope:.5f} per communication, against {next_slope:.5f} from {next_start} to {next_end}'
     looks = 'this looks like a cliff' if slope > CLIFF * next_slope else 'this looks gradual'
     unsure = '; one seed cannot tell it from chance' if rise.half is None else ''
     return f'{picked}, {against}: {looks}{unsure}'
@@ -392,7 +401,7 @@ def simulated(rows):
 def speed(rows):
     """Does reduced communication speed up training, as lines: only sharded runs can say."""
     if simulated(rows):
-        return [f'{UNANSWERED}: simulated ranks have no network between them, so tokens/s says nothing about one']
+        return [f'{UNANSWERED}: simulated ranks have no network between them for tokens/s to speak of']
     ratios = [f'{row.title}: {row.tokens_per_sec / full.tokens_per_sec:.2f} times all-tp'
               for full, *fewer in curves(rows) if set(full.block_types) == {'tp'} for row in fewer]
     return ratios or [f'{UNANSWERED}: there is no all-tp run to compare with']
@@ -400,16 +409,18 @@ def speed(rows):
 
 def answers(rows):
     """The guide's questions with their answers, as pairs of a line and a list of lines."""
-    floors = {f'tp_size {row.tp_size}{row.note}': row.floor for row in rows if not row.dense}
+    floors = {f'tp_size {row.tp_size}{row.note}':
+              'unknown: no all-tp run with its dense control' if row.floor is None else f'{row.floor:.4f}'
+              for row in rows if not row.dense}
     said = [('Rounding floor: the largest |all-tp minus dense| of any seed. Nothing smaller is a difference.',
-             [f'{where}: ' + ('unknown, no all-tp run beside a dense control' if floor is None else f'{floor:.4f}')
-              for where, floor in floors.items()])]
+             [f'{where}: {floor}' for where, floor in floors.items()])]
     said += [(question, goal(rows, communications, limit)) for question, communications, limit in GOALS]
     said.append(('Key question 3: does alternating placement beat clustered?', placement(rows)))
     said.append(('Key question 4: is there a cliff?',
                  [f'tp_size {curve[0].tp_size}{curve[0].note}: {cliff(curve)}' for curve in curves(rows)]))
     said.append(('Does reduced communication speed up training?', speed(rows)))
-    return [(question, lines or [f'{UNANSWERED}: only dense runs have finished']) for question, lines in said]
+    return [(question, lines or [f'{UNANSWERED}: only dense runs have finished'])
+            for question, lines in said]
 
 
 # the table
@@ -443,16 +454,17 @@ def terminal_table(rows):
     """The table as aligned text."""
     lines = [HEADER, *map(cells, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return '\n'.join('  '.join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown(rows, notes, said, plots, command):
     """table.md: the table, what is missing from it, the answers and the plots."""
-    lines = ['# Validation loss against communications', '', f'Corpus: {subject([row.first for row in rows])}.', '']
+    corpus = subject([row.first for row in rows])
+    lines = ['# Validation loss against communications', '', f'Corpus: {corpus}.', '']
     lines += [f'| {" | ".join(line)} |' for line in [HEADER, ['---'] * len(HEADER), *map(cells, rows)]]
-    lines += ['', 'Loss in nats per token after the last step, mean over seeds; differences are paired by seed, with '
-              'Student-t intervals; a difference is only called one above the rounding floor and when its interval '
-              'excludes 0.', '']
+    lines += ['', 'Loss in nats per token after the last step, mean over seeds; differences are paired by seed, with',
+              'Student-t intervals. One is only called higher or lower above the rounding floor, and when its',
+              'interval excludes 0.', '']
     lines += [f'- {note}' for note in notes] + [''] * bool(notes)
     lines += ["## The guide's questions", '']
     for question, answer in said:
@@ -463,21 +475,23 @@ def markdown(rows, notes, said, plots, command):
 
 def write_csv(path, rows, unfinished):
     """table.csv: the same numbers unrounded, one line a row; unfinished runs without a loss."""
-    header = ['run', 'state', 'communications', 'all_reduces_forward', 'all_reduces_backward', 'block_types', 'tp_size',
-              'seeds', 'val_loss', 'difference', 'interval_low', 'interval_high', 'pairs', 'rounding_floor',
-              'tokens_per_sec', 'corpus', 'tokenizer', 'max_iters']
+    lines = []
+    for row in rows:
+        difference, corpus = to_dense(row), row.first.info['corpus']
+        line = dict(run=row.name, state='finished', communications=row.communications,
+                    all_reduces_forward=row.all_reduces['forward'],
+                    all_reduces_backward=row.all_reduces['backward'], block_types=' '.join(row.block_types),
+                    tp_size=row.tp_size, seeds=' '.join(map(str, row.runs)), val_loss=row.loss,
+                    difference=difference and difference.mean, half_interval=difference and difference.half,
+                    pairs=difference and difference.n, rounding_floor=row.floor,
+                    tokens_per_sec=row.tokens_per_sec, corpus=corpus['corpus'], tokenizer=corpus['tokenizer'],
+                    max_iters=row.first.config['max_iters'])
+        lines.append(line)
+    lines += [dict(run=run.info.get('name', run.folder.name), state=run.trouble) for run in unfinished]
     with open(path, 'w', newline='') as file:
-        table = csv.writer(file)
-        table.writerow(header)
-        for row in rows:
-            d, info = to_dense(row), row.first.info
-            low, high = (d.mean - d.half, d.mean + d.half) if d and d.half is not None else ('', '')
-            table.writerow([row.name, 'finished', row.communications, *row.all_reduces.values(),
-                            ' '.join(row.block_types), row.tp_size, ' '.join(map(str, row.runs)), row.loss,
-                            d.mean if d else '', low, high, d.n if d else '', row.floor, row.tokens_per_sec,
-                            info['corpus']['corpus'], info['corpus']['tokenizer'], row.first.config['max_iters']])
-        for run in unfinished:
-            table.writerow([run.info.get('name', run.folder.name), run.trouble] + [''] * (len(header) - 2))
+        table = csv.DictWriter(file, lines[0].keys())
+        table.writeheader()
+        table.writerows(lines)
 
 
 # the plots: told apart by marker and line as well as by lightness, so that they survive grey print
@@ -487,7 +501,7 @@ MARKERS, LINES = 'osD^vP*X<>', ('-', '--', '-.', ':')
 
 
 def looks(rows):
-    """Each row with its style: marker and colour tell the block pattern, the line tells tp_size; dense is black."""
+    """Each row with its style: marker and colour tell the blocks, the line the tp_size. Dense is black."""
     from matplotlib import colormaps
     patterns = list(dict.fromkeys((tuple(row.block_types), row.note) for row in rows if not row.dense))
     sizes = sorted({row.tp_size for row in rows if not row.dense})
@@ -496,7 +510,8 @@ def looks(rows):
         style = dict(marker='.', linestyle='-', color='black', label=row.label)
         if not row.dense:
             i = patterns.index((tuple(row.block_types), row.note))
-            style |= dict(marker=MARKERS[i % len(MARKERS)], linestyle=LINES[sizes.index(row.tp_size) % len(LINES)],
+            line = sizes.index(row.tp_size) if len(sizes) > 1 else i
+            style |= dict(marker=MARKERS[i % len(MARKERS)], linestyle=LINES[line % len(LINES)],
                           color=colormaps['viridis'](0.9 * i / max(1, len(patterns) - 1)))
         styled.append((row, style))
     return styled
@@ -522,7 +537,7 @@ def loss_unit(rows):
 
 
 def mark_references(ax, rows):
-    """The lines that a loss is read against: the dense control, its rounding floor, the guide's where they apply."""
+    """What a loss is read against: the dense control, its rounding floor, the guide's limits in scope."""
     floors = {}
     for row in rows:
         if row.control:
@@ -531,7 +546,8 @@ def mark_references(ax, rows):
         ax.axhline(row.loss, color='black', linewidth=1, linestyle=(0, (6, 3 + 4 * i)), label=row.label)
         floor = floors.get(row.note)
         if floor:
-            ax.axhspan(row.loss - floor, row.loss + floor, color='0.88', zorder=0, label='within the rounding floor')
+            ax.axhspan(row.loss - floor, row.loss + floor, color='0.88', zorder=0,
+                       label='within the rounding floor' if i == 0 else None)
     if all(in_scope(row.first) for row in rows):
         for limit in sorted({limit for *_, limit in GOALS}):
             ax.axhline(limit, color='0.5', linewidth=0.7, linestyle=':')
@@ -547,7 +563,7 @@ def plot_tradeoff(rows, path):
     # a count cannot tell placements apart; what a pass really all-reduces can
     observed = len(on_curve) < len([row for row in rows if not row.dense])
     for i, curve in enumerate(lines):
-        own = [row for row in rows if not row.dense and (row.tp_size, row.note) == (curve[0].tp_size, curve[0].note)]
+        own = [row for row in rows if (row.tp_size, row.note) == (curve[0].tp_size, curve[0].note)]
         aside = 0.12 * (i - (len(lines) - 1) / 2)       # so that the bars of two tp_sizes stand side by side
         x = {id(row): (row.all_reduces['forward'] if observed else row.communications) + aside for row in own}
         style = dict(marker=MARKERS[i % len(MARKERS)], color=f'{0.1 + 0.45 * i / max(1, len(lines) - 1):.2f}')
@@ -556,7 +572,8 @@ def plot_tradeoff(rows, path):
         for row in own:
             difference = to_dense(row)
             if difference and difference.half is not None:
-                ax.errorbar(x[id(row)], row.loss, difference.half, color=style['color'], capsize=3, linewidth=1)
+                ax.errorbar(x[id(row)], row.loss, difference.half, color=style['color'], capsize=3,
+                            linewidth=1)
             if row not in curve:
                 ax.plot(x[id(row)], row.loss, linestyle='', markerfacecolor='white', zorder=3, **style)
                 ax.annotate(shape(row.block_types), (x[id(row)], row.loss), xytext=(6, 3), fontsize=7,
@@ -565,12 +582,14 @@ def plot_tradeoff(rows, path):
     if observed:
         ax.set_xlabel('all-reduces of one forward pass, observed')
     else:
-        names = {row.communications: f'{row.communications}\n({row.all_reduces["forward"]})' for row in on_curve}
+        names = {row.communications: f'{row.communications}\n({row.all_reduces["forward"]})'
+                 for row in on_curve}
         ax.set_xticks(list(names), names.values())
         ax.set_xlabel("communications, by the guide's count (all-reduces observed in a forward pass)")
     ax.set_ylabel(f'validation loss ({loss_unit(rows)})')
-    several = any(len(row.runs) > 1 for row in rows)
-    ax.legend(fontsize=8, title='bars: 95% interval of the difference to dense' if several else None, title_fontsize=7)
+    bars = any(difference and difference.half is not None for difference in map(to_dense, rows))
+    ax.legend(fontsize=8, title='bars: 95% interval of the difference to dense' if bars else None,
+              title_fontsize=7)
     fig.savefig(path)
 
 
@@ -589,7 +608,7 @@ def smooth(values, width):
 
 
 def plot_curves(rows, path):
-    """Training loss (smoothed line) and validation loss (markers); beside it, validation loss minus the control's."""
+    """Training loss (smoothed) and validation loss (markers); beside them, validation loss minus dense."""
     compared = [row for row in rows if to_dense(row)]
     fig, axes = figure(rows, 'Training curves', panels=2 if compared else 1, height=5.2)
     tops = []
@@ -597,7 +616,7 @@ def plot_curves(rows, path):
         steps, losses = mean_curve(row, 'logs', 'train_loss')
         losses = smooth(losses, len(losses) // 40)
         axes[0].plot(steps, losses, linewidth=1, color=style['color'], linestyle=style['linestyle'])
-        tops += [loss for step, loss in zip(steps, losses) if step >= 0.1 * row.first.config['max_iters']]
+        tops += [loss for step, loss in zip(steps, losses) if step >= 0.2 * row.first.config['max_iters']]
         steps, losses = mean_curve(row, 'evals', 'val_loss')
         axes[0].plot(steps, losses, markersize=4, **style | {'linestyle': '', 'label': None})
         tops += losses[-1:]
@@ -605,13 +624,13 @@ def plot_curves(rows, path):
         if row in compared:
             axes[1].plot(*mean_curve(row, 'evals', 'val_loss', row.control), linewidth=1, markersize=4,
                          **style | {'label': None})
-    axes[0].set_ylim(top=max(tops) + 0.05 * (max(tops) - min(tops)))    # the first descent would flatten the rest
+    axes[0].set_ylim(top=max(tops) + 0.05 * (max(tops) - min(tops)))    # the first descent is steep
     axes[0].set_ylabel(f'loss ({loss_unit(rows)})')
     axes[0].set_title('lines: train, smoothed; markers: validation; the first steps are cut off', fontsize=8)
     if compared:
         axes[1].axhline(0, color='black', linewidth=1)
-        axes[1].set_ylabel(f'validation loss minus dense ({loss_unit(rows)})')
-        axes[1].set_title('minus the dense control, paired by seed', fontsize=8)
+        axes[1].set_ylabel(f'difference ({loss_unit(rows)})')
+        axes[1].set_title('validation loss minus the dense control, paired by seed', fontsize=8)
     for ax in axes:
         ax.set_xlabel('step (updates made)')
     fig.legend(loc='outside lower center', ncols=4, fontsize=8, title='communications', title_fontsize=8)
@@ -622,13 +641,15 @@ def plot_speed(rows, path):
     """Tokens per second of each row, as bars."""
     fig, (ax,) = figure(rows, 'Training speed', height=1.8 + 0.3 * len(rows))
     labels = [row.label if row.dense else f'{row.label}: {shape(row.block_types)}' for row in rows]
-    bars = ax.barh(range(len(rows)), [row.tokens_per_sec for row in rows], color='0.75', edgecolor='black', height=0.7)
+    bars = ax.barh(range(len(rows)), [row.tokens_per_sec for row in rows], height=0.7, color='0.75',
+                   edgecolor='black')
     ax.bar_label(bars, [f'{row.tokens_per_sec:,.0f}' for row in rows], padding=3, fontsize=8)
     ax.set_yticks(range(len(rows)), labels, fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.grid(visible=False, axis='y')
-    ax.set_xlabel('tokens per second' + (' (simulated ranks: no communication is saved)' if simulated(rows) else ''))
+    caveat = ' (simulated ranks: no communication is saved)' if simulated(rows) else ''
+    ax.set_xlabel(f'tokens per second{caveat}')
     fig.savefig(path)
 
 
@@ -642,20 +663,20 @@ def missing_notes(rows, unfinished):
     for row in rows:
         if row.dense:
             continue
-        alone = [seed for seed in row.runs if row.control is None or seed not in row.control.runs]
+        alone = [str(seed) for seed in row.runs if row.control is None or seed not in row.control.runs]
         if row.control is None:
             notes.append(f'{row.name}: no dense control among these runs, so its difference is blank')
         elif alone:
-            notes.append(f'{row.name}: no dense control of seed {", ".join(map(str, alone))}, left out of its difference')
+            notes.append(f'{row.name}: no dense control of seed {", ".join(alone)}, not in its difference')
     return notes
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description=__doc__)
-    parser.add_argument('folders', nargs='*', type=Path, help='run folders, or folders that hold them (default: out)')
-    parser.add_argument('--out', type=Path, default=Path('out/compare'), help='where to write (default: out/compare)')
-    parser.add_argument('--mix', action='store_true', help='let corpora, recipes and step counts differ, in rows apart')
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', nargs='*', type=Path, help='run folders, or what holds them; default: out')
+    parser.add_argument('--out', type=Path, default=Path('out/compare'), help='where to; default: %(default)s')
+    parser.add_argument('--mix', action='store_true', help='corpora, recipes and lengths may differ')
     parser.error = lambda message: fail(f'{message}; see python compare.py --help')
     args = parser.parse_args(argv)
 

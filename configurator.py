@@ -15,6 +15,7 @@ import sys
 import time
 import types
 import typing
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,6 +162,16 @@ def communications(block_types, tp_size):
     return 2 * block_types.count('tp') + block_types.count('spd') + 2 * ('parallel' in block_types)
 
 
+def pattern(block_types):
+    """Block types in short form: 'spd x 12', '[tp, spd] x 6', 'spd x 6, tp x 6'."""
+    n = len(block_types)
+    period = next(p for p in range(1, n + 1) if n % p == 0 and block_types == block_types[:p] * (n // p))
+    if 1 < period < n:
+        return f'[{", ".join(block_types[:period])}] x {n // period}'
+    stretches = [(kind, len(list(stretch))) for kind, stretch in groupby(block_types)]
+    return ', '.join(f'{kind} x {length}' if length > 1 else kind for kind, length in stretches)
+
+
 # what may differ between two calls of one run, or between two runs that are compared: not the recipe
 HOUSEKEEPING = {'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
                 'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard'}
@@ -174,13 +185,13 @@ def differences(theirs, ours):
 
 def resolve(config, stems):
     """Fills in what follows from other keys: the layers' block types, the schedule's end, the run's folder."""
-    pattern = config.block_types
-    if isinstance(pattern, str):
-        names = [name.strip() for name in pattern.split(',')]
+    if isinstance(config.block_types, str):
+        names = [name.strip() for name in config.block_types.split(',')]
         if config.n_layer % len(names):
-            config.refuse(f'block_types is {pattern}, {len(names)} layers that do not divide n_layer, {config.n_layer}')
+            config.refuse(f'block_types is {config.block_types}, a pattern of {len(names)} layers, '
+                          f'which does not divide n_layer, {config.n_layer}')
         config.block_types = names * (config.n_layer // len(names))
-    elif pattern is None:
+    elif config.block_types is None:
         config.block_types = ['tp'] * config.n_layer
     if config.lr_decay_iters is None:
         config.lr_decay_iters = config.max_iters

@@ -9,14 +9,14 @@ Needs no data, no tokenizer, no network, no GPU. Exit status 0 if every check pa
 
 import math
 import sys
-from dataclasses import fields
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 
-from configurator import ROOT, communications, load
-from model import GPT, GPTConfig, count_all_reduces
+from configurator import ROOT, communications, load, pattern
+from model import GPT, count_all_reduces
+from train import model_config_of
 
 RUNS = [f'config/train_gpt2{name}.py'
         for name in ('', '_24comm', '_18comm', '_16comm', '_12comm', '_8comm', '_6comm', '_2comm')]
@@ -24,20 +24,94 @@ VOCAB_SIZE = 50304                      # GPT-2's 50,257 rounded up to a multipl
 MAY_DIFFER = {'out_dir', 'wandb_run_name', 'block_types'}
 
 
-def build(path):
-    """The config in a file and its model at full size, initial weights included."""
-    config = load([str(ROOT / path)])
-    shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name != 'vocab_size'}
+def model_of(config):
+    """The config's model at full size, initial weights included."""
     torch.manual_seed(config.seed)
-    return config, GPT(GPTConfig(vocab_size=VOCAB_SIZE, **shape))
+    return GPT(model_config_of(config, VOCAB_SIZE))
 
 
-def observe(model):
-    """(loss at init in nats a token, shape of the logits, AllReduces) on two windows of random tokens."""
+@cache
+def observe(path):
+    """(config, parameters, loss at init in nats a token, AllReduces) of one pass over two windows of random tokens."""
+    config = load([str(ROOT / path)])
+    model = model_of(config)
     tokens = torch.randint(VOCAB_SIZE, (2, 33), generator=torch.Generator().manual_seed(0))
     with count_all_reduces() as observed:
         loss = model(tokens[:, :-1], tokens[:, 1:])[1]
         loss.backward()
-    with torch.no_grad():
-        logits, _ = model(tokens[:, :-1])
-    return loss.item(), logits.shape, observed
+    return config, model.num_params(), loss.item(), observed
+
+
+def check_loads(path):
+    """The config loads, is called after its communications, and its layers are what the name promises."""
+    config, *_ = observe(path)
+    count = communications(config.block_types, config.tp_size)
+    name = 'gpt2-124M' + (f'-{count}comm' if count else '')
+    assert config.wandb_run_name == name, f'{path} has {count} communications and is called {config.wandb_run_name}'
+    assert config.wandb_log and config.wandb_project == 'owt'
+
+
+def check_size(path):
+    """About 125M parameters, within 1%, and the same for every config."""
+    _, parameters, _, _ = observe(path)
+    assert abs(parameters / 125e6 - 1) < 0.01, f'{path} has {parameters:,} parameters'
+    assert parameters == observe(RUNS[0])[1]
+
+
+def check_runs(path):
+    """A pass works: it knows nothing yet, so its loss is about ln(vocab); as many all-reduces backward as forward."""
+    _, _, loss, observed = observe(path)
+    assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'{path} starts at loss {loss:.3f}'
+    assert observed.forward == observed.backward
+
+
+CHECKS = {'All configs load correctly': check_loads, 'Models have ~125M parameters (within 1%)': check_size,
+          'Forward pass works for each configuration': check_runs}
+
+
+@pytest.mark.parametrize('check', CHECKS.values(), ids=lambda check: check.__name__)
+@pytest.mark.parametrize('path', RUNS)
+def test_guide(check, path):
+    check(path)
+
+
+@pytest.mark.parametrize('path', RUNS)
+def test_runs_differ_only_in_blocks(path):
+    ours, baseline = (vars(load([str(ROOT / name)])) for name in (path, 'config/train_gpt2_24comm.py'))
+    differing = {key for key in ours if ours[key] != baseline[key]}
+    dense_control = path == RUNS[0]
+    assert differing <= (MAY_DIFFER | {'tp_size'} if dense_control else MAY_DIFFER)
+    assert dense_control == (ours['tp_size'] == 1)
+
+
+def failure(check, path):
+    """What the check says where it fails, else None."""
+    try:
+        check(path)
+    except (AssertionError, SystemExit, ValueError) as error:
+        return f'{path}: {error}'
+
+
+def main():
+    chance = f'{math.log(VOCAB_SIZE):.3f}'
+    print(f'{"config":34} {"block_types":28} {"comms":>5} {"all-reduces":>11} {"parameters":>12} '
+          f'{"loss at init / ln(vocab)":>25}')
+    for path in RUNS:
+        try:
+            config, parameters, loss, observed = observe(path)
+        except (SystemExit, ValueError) as error:
+            print(f'{path:34} {error}')
+            continue
+        kinds = 'dense control' if config.tp_size == 1 else pattern(config.block_types)
+        reduced = f'{observed.forward} + {observed.backward}'
+        print(f'{path:34} {kinds:28} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
+              f'{parameters:12,} {f"{loss:.3f} / {chance}":>25}', flush=True)
+    print('\ncomms is the guide\'s count; all-reduces are those observed in a pass, forward + backward\n')
+    failures = {words: [line for path in RUNS if (line := failure(check, path))] for words, check in CHECKS.items()}
+    for words, lines in failures.items():
+        print('FAIL' if lines else 'PASS', words, *lines, sep='\n     ' if lines else '  ')
+    sys.exit(any(failures.values()))
+
+
+if __name__ == '__main__':
+    main()

@@ -65,6 +65,11 @@ class Place(NamedTuple):
     def first(self):
         return self.ddp_rank == 0
 
+    @property
+    def device_name(self):
+        """What the maker calls it, for a GPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else str(self.device)
+
 
 def find_place(config):
     """This process's Place, from torchrun's environment. Refuses a device that is not there."""
@@ -150,7 +155,6 @@ def claim_together(config, place):
 def describe(config, corpus, model, observed, place):
     """What run.json says of a run from its start: what it is, and what made it."""
     git = subprocess.run(['git', 'rev-parse', '--verify', '-q', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
-    device = torch.cuda.get_device_name(place.device) if place.device.type == 'cuda' else str(place.device)
     return dict(
         name=config.wandb_run_name, state='running', iter=0, config=vars(config),
         corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
@@ -158,12 +162,18 @@ def describe(config, corpus, model, observed, place):
         communications=communications(config.block_types, config.tp_size),
         all_reduces=vars(observed), parameters=model.num_params(), flops_per_token=model.flops_per_token(),
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
-        processes=place.ddp_size, device=device, git_commit=git.stdout.strip() or None,
+        processes=place.ddp_size, device=place.device_name, git_commit=git.stdout.strip() or None,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         argv=sys.argv[1:])
 
 
 # the model
+
+
+def model_config_of(config, vocab_size):
+    """The GPTConfig that a run's config describes. Raises ValueError as it does."""
+    shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name != 'vocab_size'}
+    return GPTConfig(vocab_size=vocab_size, **shape)
 
 
 def observe_all_reduces(model):
@@ -180,11 +190,11 @@ def autocast(config, place):
     return torch.autocast(place.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compiled(model, loader, config, place, say):
+def compiled(model, micro_batch, config, place, say):
     """The model under torch.compile, tried on an empty micro-batch; where that fails, the model itself and a line why."""
     try:
         fast, reason = torch.compile(model), None
-        idx = torch.zeros(loader.micro_batch, config.block_size, dtype=torch.long, device=place.device)
+        idx = torch.zeros(micro_batch, config.block_size, dtype=torch.long, device=place.device)
         with autocast(config, place):
             loss = fast(idx, idx)[1]
         loss.backward()
@@ -340,7 +350,9 @@ class Run:
         self.log = Log(config, place.first, self.info, now.iter, now.metrics_bytes, now.wandb_id)
         for line in self.introduction() + lines:
             self.log.say(line)
-        self.model = compiled(self.raw, self.loader, config, place, self.log.say) if config.compile else self.raw
+        self.model = self.raw
+        if config.compile:
+            self.model = compiled(self.raw, self.loader.micro_batch, config, place, self.log.say)
         self.ddp = DistributedDataParallel(self.model) if place.ddp_size > 1 else self.model
         stopping, self.failures, self.timed = False, 0, []
         while not stopping:
@@ -462,8 +474,7 @@ def main(argv):
     try:
         corpus = open_corpus(config.dataset)
         vocab_size = math.ceil(corpus.vocab_size / 64) * 64
-        shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name != 'vocab_size'}
-        model_config = GPTConfig(vocab_size=vocab_size, **shape)
+        model_config = model_config_of(config, vocab_size)
         loader = TrainLoader(corpus.train, config.block_size, config.batch_size * config.gradient_accumulation_steps,
                              config.seed, place.ddp_rank, place.ddp_size, config.batch_size, place.device)
     except ValueError as error:

@@ -1,5 +1,5 @@
 """
-GPT-2 over R tensor-parallel ranks, as the equations say it, one tp rank after the other. model.py is held to it.
+GPT-2 over R tp ranks as the equations say it, one after the other. model.py is held to it.
 
 c     (B, T, C)  common stream, the same on every tp rank
 d[r]  (B, T, C)  what tp rank r has added since the last sync; it reads u_r = c + d[r]

@@ -43,7 +43,7 @@ def config(block_types, tp_size, **settings):
 
 
 def build(block_types, tp_size, dtype=torch.float64, **settings):
-    """A small GPT, every parameter far from its init (no bias 0, no gain 1): one network for all arguments."""
+    """A small GPT, every parameter far from its init (no bias 0, no gain 1): the same for any types."""
     torch.manual_seed(42)
     model = GPT(config(block_types, tp_size, **settings)).to(dtype)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_a_counter_counts_its_own_block_and_nothing_else():
 def test_messages_are_one_stream_in_the_compute_dtype_and_streams_are_float32(block_types, monkeypatch):
     messages, streams, g_op = [], [], gpt.g_op
     monkeypatch.setattr(gpt, 'g_op', lambda p, *rest: messages.append(p) or g_op(p, *rest))
-    model, (idx, targets) = build(block_types, 2, torch.float32, bias=True), batch()
+    model, (idx, targets) = build(block_types, 2, torch.float32), batch()
     model.transformer.ln_f.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
     with count_all_reduces() as n, torch.autocast('cpu', torch.bfloat16):
         model(idx, targets)[1].backward()
@@ -312,7 +312,7 @@ def test_a_config_that_cannot_be_built_is_refused_in_one_line(settings, words):
 
 
 class Operations(TorchDispatchMode):
-    """Records the operations that run, in order: (what, its tensors' shapes, its largest output's elements)."""
+    """Records what runs, in order: (what, its tensors' shapes, elements of its largest output)."""
 
     def __init__(self):
         super().__init__()

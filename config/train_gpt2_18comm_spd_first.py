@@ -1,0 +1,6 @@
+# placement: the blocks of 18comm, SPD at the start
+# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_18comm_spd_first.py --max_iters=20000
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-124M-18comm-spd-first'
+block_types = ['spd'] * 6 + ['tp'] * 6
