@@ -6,7 +6,7 @@ BIN = .venv/bin
 
 experiment: .venv/installed
 	$(BIN)/python data/pystdlib/prepare.py
-	$(BIN)/python sweep.py config/train_gpt2_*comm.py --with config/cpu.py --jobs 2
+	$(BIN)/python sweep.py --with config/cpu.py --jobs 2
 	$(BIN)/python compare.py out/*-cpu --out=out/compare
 
 test: .venv/installed

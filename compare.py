@@ -6,7 +6,7 @@ Compare runs: validation loss against communications, from the files that train.
 
 It reads each folder's run.json and metrics.jsonl, prints a table and answers to the guide's questions, and
 writes table.md, table.csv and three plots to --out. A run is paired with the dense control of the same seed,
-data and recipe; what counts is that difference. Runs that did not finish are named and stay out of every mean.
+data and recipe; that difference is what counts. Runs that did not finish are named and are in no mean.
 
 References  Student's t interval of paired differences: Student (1908), Biometrika 6(1)
 """
@@ -462,9 +462,9 @@ def markdown(rows, notes, said, plots, command):
     corpus = subject([row.first for row in rows])
     lines = ['# Validation loss against communications', '', f'Corpus: {corpus}.', '']
     lines += [f'| {" | ".join(line)} |' for line in [HEADER, ['---'] * len(HEADER), *map(cells, rows)]]
-    lines += ['', 'Loss in nats per token after the last step, mean over seeds; differences are paired by seed, with',
-              'Student-t intervals. One is only called higher or lower above the rounding floor, and when its',
-              'interval excludes 0.', '']
+    lines += ['', 'Loss in nats per token after the last step, mean over seeds; differences are paired by',
+              'seed, with Student-t intervals. One is only called higher or lower above the rounding floor,',
+              'and when its interval excludes 0.', '']
     lines += [f'- {note}' for note in notes] + [''] * bool(notes)
     lines += ["## The guide's questions", '']
     for question, answer in said:
@@ -675,7 +675,7 @@ def main(argv):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='*', type=Path, help='run folders, or what holds them; default: out')
-    parser.add_argument('--out', type=Path, default=Path('out/compare'), help='where to; default: %(default)s')
+    parser.add_argument('--out', type=Path, default=Path('out/compare'), help='default: %(default)s')
     parser.add_argument('--mix', action='store_true', help='corpora, recipes and lengths may differ')
     parser.error = lambda message: fail(f'{message}; see python compare.py --help')
     args = parser.parse_args(argv)
@@ -700,7 +700,7 @@ def main(argv):
             plot(rows, args.out / name)
     except OSError as error:
         fail(f'cannot write to --out={args.out}: {error.strerror}')
-    print(subject([row.first for row in rows]), terminal_table(rows), '\n'.join(notes), sep='\n')
+    print(subject([row.first for row in rows]), terminal_table(rows), *notes, sep='\n')
     for question, answer in said:
         print('', question, *(f'    {line}' for line in answer), sep='\n')
     print(f'\nwritten to {args.out}: table.md, table.csv, {", ".join(PLOTS)}')

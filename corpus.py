@@ -2,8 +2,8 @@
 
 A corpus is a folder with a meta.json that names the token files of two splits, train and val. A token file is
 little-endian uint16, bare (nanoGPT's .bin) or behind the 1,024-byte header of llm.c's shards; its first four
-bytes tell which. Files are data here and nothing else: what they hold is compared, never executed, and what does
-not fit is refused with a ValueError of one plain line.
+bytes tell which. Files are data here and nothing else: what they hold is compared, never executed, and what
+does not fit is refused with a ValueError of one plain line.
 
     corpus = open_corpus("pystdlib")
     load_tokenizer(corpus.meta).decode(corpus.train.read(0, 80).tolist())
@@ -141,7 +141,7 @@ class Tokens:
         return self.read_windows([start], n)[0]
 
     def describe(self):
-        """What meta.json says of a split beside its files; sha256 is of the tokens' bytes, without headers."""
+        """What meta.json says of a split beside its files; sha256 is of the tokens' bytes, no headers."""
         largest, digest = 0, hashlib.sha256()
         for start in range(0, len(self), SCAN_TOKENS):
             chunk = self.read(start, min(SCAN_TOKENS, len(self) - start))
@@ -175,9 +175,9 @@ class Corpus(NamedTuple):
 def open_corpus(dataset, data_dir=DATA_DIR):
     """The Corpus in the folder data_dir/dataset.
 
-    ValueError, naming the command that prepares it, if a file is missing, cut short or of another dtype, if it
-    contradicts meta.json, or if a token is outside the vocabulary: val is read whole and compared with its hash,
-    train goes by its size here and is checked as it is read."""
+    ValueError, naming the command that prepares it, if a file is missing, cut short or of another dtype, if
+    it contradicts meta.json, or if a token is outside the vocabulary: val is read whole and compared with its
+    hash, train goes by its size here and is checked as it is read."""
     known = sorted(path.parent.name for path in DATA_DIR.glob("*/prepare.py"))
     folder = Path(data_dir) / dataset
     try:
@@ -271,7 +271,7 @@ def find_fault_in_split(split, vocab_size):
 @contextmanager
 def atomic_write(path):
     """Opens a temporary file beside `path` for bytes. If the block ends well it is flushed to the disk and
-    renamed to `path`, which is whole at every moment, the old or the new; if the block raises, it is removed."""
+    renamed to `path`, which is whole at every moment, old or new; if the block raises, it is removed."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -299,7 +299,7 @@ def write_corpus(out, meta, splits):
 
 
 def write_meta(out, meta, names):
-    """Reads through the token files names["train"] and names["val"] of the folder `out`, then writes meta.json.
+    """Reads the token files names["train"] and names["val"] in the folder `out` whole, then writes meta.json.
 
     ValueError if one is no token file, holds a token outside the vocabulary, or a split is too short."""
     splits = {}
@@ -324,7 +324,7 @@ def is_prepared(out, source):
 
 
 def plainly(main):
-    """Runs a prepare script's main(): what flags, files or the machine refuse is one line and exit status 1."""
+    """Runs a prepare script's main(): what flags, files or machine refuse is one line and exit status 1."""
     try:
         main()
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Which tokens a step trains on and a validation reads: functions of (seed, step) and of nothing else.
 
-Neither the model nor the number of processes nor an evaluation in between changes a window, so runs that differ
-in block_types alone see the same batches, and a resumed run goes on where it stopped without a saved position.
+Neither the model nor the number of processes nor an evaluation in between changes a window, so runs that
+differ in block_types alone see the same batches, and a resumed run needs no saved position to go on.
 
     loader = TrainLoader(corpus.train, block_size, windows_per_step, seed, 0, 1, batch_size, device)
     for x, y in loader.batches(step): ...   # the micro-batches of that step, for this process
@@ -19,16 +19,16 @@ import torch
 class TrainLoader:
     """The training windows of every step, dealt to the data-parallel processes in contiguous shares.
 
-    A process takes its share in micro_steps micro-batches of micro_batch windows, the largest equal ones of at
-    most batch_size. ValueError if the windows do not divide by the processes, or if the tokens do not fill one."""
+    A process takes its share in micro_steps micro-batches of micro_batch windows, the largest equal ones of
+    at most batch_size. ValueError if the windows do not divide by the processes, or the tokens fill none."""
 
     def __init__(self, tokens, block_size, windows_per_step, seed, ddp_rank, ddp_size, batch_size, device):
         if windows_per_step % ddp_size:
-            raise ValueError(f"the {windows_per_step} windows of a step (batch_size x gradient_accumulation_steps)"
-                             f" do not divide by {ddp_size} data-parallel processes")
+            raise ValueError(f"a step's {windows_per_step} windows (batch_size x gradient_accumulation_steps) "
+                             f"do not divide by {ddp_size} data-parallel processes")
         if len(tokens) <= block_size:
-            raise ValueError(f"the training split has {len(tokens)} tokens, a window of block_size {block_size} "
-                             f"needs {block_size + 1}")
+            raise ValueError(f"the training split has {len(tokens)} tokens, one window of block_size "
+                             f"{block_size} needs {block_size + 1}")
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.windows_per_step, self.share = windows_per_step, windows_per_step // ddp_size
         self.first = ddp_rank * self.share
@@ -56,8 +56,8 @@ class TrainLoader:
                         for part in share)
 
     def _prefetch(self, step):
-        # a thread a step: nothing to shut down. no daemon either: a program that ends waits the few milliseconds
-        # of a read, where it would tear a daemon down in the midst of torch
+        # a thread a step: nothing to shut down. no daemon either: a program that ends waits the milliseconds of
+        # one read, where it would tear a daemon down in the midst of torch
         self.prefetched = step, Future()
         Thread(target=self._read, args=self.prefetched).start()
 
@@ -75,8 +75,8 @@ class TrainLoader:
 def val_batches(tokens, block_size, batch_size, eval_tokens, ddp_rank, ddp_size, device):
     """Yields (x, y, n), int64 (B, T) on the device, and the number n of real targets in y.
 
-    The targets are the first eval_tokens that the split has (its tokens 1, 2, ...), in consecutive windows, each
-    in one window of one process. A batch without enough of them is padded, with -1 in y. Batch i is for the
+    The targets are the first eval_tokens that the split has (its tokens 1, 2, ...), in consecutive windows,
+    each in one window of one process. A batch without enough of them is padded, with -1 in y. Batch i is for
     process i % ddp_size, and is the same for any ddp_size. ValueError if a token is outside the vocabulary."""
     targets = min(eval_tokens, len(tokens) - 1)
     size = batch_size * block_size

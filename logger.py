@@ -24,8 +24,11 @@ class Log:
     def __init__(self, config, first, info, start, kept, wandb_id):
         self.first, self.wandb = first, None
         if first:
-            self.metrics = open(Path(config.out_dir) / 'metrics.jsonl', 'ab')
+            path = Path(config.out_dir) / 'metrics.jsonl'
+            path.touch()
+            self.metrics = open(path, 'r+b')
             self.metrics.truncate(kept)
+            self.metrics.seek(kept)
             self.bar = tqdm(total=config.max_iters, initial=start, unit='step', disable=not sys.stderr.isatty())
             if config.wandb_log:
                 self.start_wandb(config, info, wandb_id)

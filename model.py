@@ -155,6 +155,12 @@ def dropout_mask(shape, p, like):
     return F.dropout(torch.ones(shape, device=like.device), p)
 
 
+def compute_dtype(x):
+    """What a matmul of x is computed in, and its result sent in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def plus(a, b):
     """a + b, where a b of None is zero and costs nothing."""
     return a if b is None else a + b
@@ -187,13 +193,10 @@ class Stream(NamedTuple):
 
     def sync(self, partial=None):
         """A sync point: c <- c + sum_r (d_r + P_r), in one all-reduce, and the bias; d <- 0."""
-        if partial is None:
-            return Stream.start(self.c + g_op(self.d.sum(0), self.ranks), self.ranks)
-        message = partial.summed()      # in the compute dtype, as it is sent
-        if self.d is not None:
-            message = (self.d.sum(0) + message).to(message.dtype)
-        c = self.c + g_op(message, self.ranks)
-        return Stream.start(plus(c, partial.bias()), self.ranks)
+        drift = None if self.d is None else self.d.sum(0)                       # partial (B, T, C)
+        message, bias = (drift, None) if partial is None else (plus(partial.summed(), drift), partial.bias())
+        c = self.c + g_op(message.to(compute_dtype(message)), self.ranks)
+        return Stream.start(plus(c, bias), self.ranks)
 
 
 # the sublayers, and the three blocks that differ in when they sync

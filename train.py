@@ -327,22 +327,6 @@ class Run:
                   for key, (theirs, ours) in changed.items()]
         return lines + [f'resuming from {path} at step {self.now.iter}']
 
-    def save(self, best=False):
-        """A checkpoint, and run.json beside it. A disk that refuses is warned of, and training goes on."""
-        self.now.metrics_bytes, self.now.wandb_id = self.log.size(), self.log.wandb_id()
-        state = dict(on_cpu(self.raw, self.optimizer), scaler=self.scaler.state_dict(), iter=self.now.iter,
-                     config=vars(self.config), vocab_size=self.raw.config.vocab_size, corpus=self.corpus.meta,
-                     progress=asdict(self.now))
-        try:
-            checkpoint.save(self.config.out_dir, state, best)
-            self.note_state('running')
-        except OSError as error:
-            self.log.say(f'warning: no checkpoint at step {self.now.iter}: {error}; the last one is intact')
-
-    def note_state(self, state):
-        self.info.update(state=state, iter=self.now.iter, val_loss=self.now.val_loss, seconds=self.now.seconds)
-        checkpoint.write_json(f'{self.config.out_dir}/run.json', self.info)
-
     def train(self, lines):
         """Updates until max_iters, or until a signal. Returns whether the run is finished. Says `lines` at its start."""
         config, place, now = self.config, self.place, self.now

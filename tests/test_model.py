@@ -281,7 +281,7 @@ def test_size_and_flops_at_full_size():
 
 def test_weight_decay_is_for_matrices_and_each_parameter_is_optimized_once():
     model = build(MIXED, 2, bias=True)
-    optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95), 'cpu')
+    optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95))
     assert isinstance(optimizer, torch.optim.AdamW)
     seen = [id(p) for group in optimizer.param_groups for p in group['params']]
     assert len(seen) == len(set(seen)) and set(seen) == {id(p) for p in model.parameters()}

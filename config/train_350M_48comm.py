@@ -1,9 +1,9 @@
-# GPT-2 medium's size: all SPD
-# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_350M_24comm.py --max_iters=20000
+# GPT-2 medium's size: all TP
+# torchrun --standalone --nproc_per_node=8 train.py config/train_350M_48comm.py --max_iters=20000
 wandb_log = True
 wandb_project = 'owt'
-wandb_run_name = 'gpt2-350M-24comm'
-block_types = ['spd'] * 24
+wandb_run_name = 'gpt2-350M-48comm'
+block_types = ['tp'] * 24
 n_layer = 24
 n_head = 16
 n_embd = 1024

@@ -1,5 +1,5 @@
 # GPT-2 large's size: all SPD
-# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774M_36comm.py --max_iters=20000
+# torchrun --standalone --nproc_per_node=8 train.py config/train_774M_36comm.py --max_iters=20000
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-774M-36comm'

@@ -1,9 +1,9 @@
-# GPT-2 large's size: the dense control
-# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_774M.py --max_iters=20000
+# GPT-2 large's size: all TP
+# torchrun --standalone --nproc_per_node=8 train.py config/train_774M_72comm.py --max_iters=20000
 wandb_log = True
 wandb_project = 'owt'
-wandb_run_name = 'gpt2-774M'
-tp_size = 1
+wandb_run_name = 'gpt2-774M-72comm'
+block_types = ['tp'] * 36
 n_layer = 36
 n_head = 20
 n_embd = 1280

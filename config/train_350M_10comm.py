@@ -1,5 +1,5 @@
 # GPT-2 medium's size: alternating SPD, Parallel, Parallel
-# torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_350M_10comm.py --max_iters=20000
+# torchrun --standalone --nproc_per_node=8 train.py config/train_350M_10comm.py --max_iters=20000
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-350M-10comm'

@@ -1,0 +1,65 @@
+"""Tiny Shakespeare, one token a character: 90% of the text to train on, the rest to validate.
+
+    python data/shakespeare_char/prepare.py                 downloads the text (1.1 MB)
+    python data/shakespeare_char/prepare.py --input FILE    takes it, or any other UTF-8 text, from a file
+"""
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from corpus import atomic_write, char_tokenizer, is_prepared, plainly, write_corpus
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TRAIN_SHARE = 0.9
+
+
+def download(path):
+    """The text behind URL as bytes, kept at `path`. OSError without network, ValueError if it is another text."""
+    if not path.exists():
+        try:
+            with urlopen(URL, timeout=60) as answer:
+                data = answer.read()
+        except OSError as error:
+            raise OSError(f"cannot download {URL} ({error}): give the text with --input FILE") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(data)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != SHA256:
+        raise ValueError(f"{path} is not tiny Shakespeare: delete it and run this again, or pass it as --input")
+    return data
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--input", type=Path, help="a UTF-8 text file to take instead of the download")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
+                        help="folder to write to (default: this script's)")
+    args = parser.parse_args()
+    data = args.input.read_bytes() if args.input else download(args.out / "input.txt")
+    source = {"sha256": hashlib.sha256(data).hexdigest()}
+    if is_prepared(args.out, source):
+        print(f"{args.out} is already prepared")
+        return
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.input} is not UTF-8 text ({error})") from None
+    chars = "".join(sorted(set(text)))
+    tokens = np.array(char_tokenizer(chars).encode(text), dtype=np.uint16)
+    train, val = np.split(tokens, [int(TRAIN_SHARE * len(tokens))])
+    name = "tiny Shakespeare" if source["sha256"] == SHA256 else args.input.name
+    meta = {"dataset": "shakespeare_char", "corpus": f"{name}, characters", "source": source,
+            "tokenizer": "char", "chars": chars, "vocab_size": len(chars)}
+    write_corpus(args.out, meta, {"train": [train], "val": [val]})
+    print(f"{args.out}: {len(train)} characters in train.bin, {len(val)} in val.bin, {len(chars)} different ones")
+
+
+if __name__ == "__main__":
+    plainly(main)
