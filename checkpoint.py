@@ -16,6 +16,7 @@ from corpus import atomic_write
 
 
 LATEST = ('ckpt.pt', 'ckpt-previous.pt')    # the first that can be read is where a run goes on
+KEYS = {'model', 'optimizer', 'scaler', 'iter', 'config', 'vocab_size', 'corpus', 'progress'}
 held = []                               # open files whose locks last as long as the process
 
 
@@ -24,14 +25,18 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1).encode() + b'\n')
 
 
-def read_json(path):
-    """The file's object, or None where there is no file. Raises ValueError, in one line, for a damaged one."""
+def read_run(path):
+    """run.json's object, or None where there is no file. Raises ValueError, in one line, for a damaged one."""
     try:
-        return json.loads(Path(path).read_text())
+        info = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is damaged: {error}') from error
+    if not isinstance(info, dict) or not {'name', 'state', 'iter', 'val_loss'} <= info.keys() \
+            or not isinstance(info.get('config'), dict):
+        raise ValueError(f'{path} is not a run.json that train.py wrote')
+    return info
 
 
 def lock(out_dir):
@@ -67,11 +72,14 @@ def load(path):
     Raises FileNotFoundError, or ValueError in one line where it cannot be read.
     """
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        saved = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:          # a damaged file fails in the unpickler, the zip reader or a tensor's storage
-        raise ValueError(f'{path} is damaged: {str(error).splitlines()[0]}') from error
+        raise ValueError(f'{path} is damaged: {type(error).__name__}') from error
+    if not isinstance(saved, dict) or not KEYS <= saved.keys():
+        raise ValueError(f'{path} is not a checkpoint that train.py wrote')
+    return saved
 
 
 def load_latest(out_dir, warn):

@@ -196,8 +196,8 @@ class Row:
     @property
     def label(self):
         """A few words for a plot."""
-        words = 'dense control' if self.dense else f'{self.communications}, tp_size {self.tp_size}'
-        return words + self.note
+        words = f'{self.communications}: {shape(self.block_types)}, tp_size {self.tp_size}'
+        return ('dense control' if self.dense else words) + self.note
 
     @property
     def title(self):
@@ -611,20 +611,22 @@ def plot_curves(rows, path):
     """Training loss (smoothed) and validation loss (markers); beside them, validation loss minus dense."""
     compared = [row for row in rows if to_dense(row)]
     fig, axes = figure(rows, 'Training curves', panels=2 if compared else 1, height=5.2)
-    tops = []
+    settled = []                        # what the left panel shows; the first descent would flatten it
     for row, style in looks(rows):
         steps, losses = mean_curve(row, 'logs', 'train_loss')
         losses = smooth(losses, len(losses) // 40)
-        axes[0].plot(steps, losses, linewidth=1, color=style['color'], linestyle=style['linestyle'])
-        tops += [loss for step, loss in zip(steps, losses) if step >= 0.2 * row.first.config['max_iters']]
+        axes[0].plot(steps, losses, linewidth=1, **style | {'marker': '', 'label': None})
+        settled += [loss for step, loss in zip(steps, losses) if step >= 0.2 * row.first.config['max_iters']]
         steps, losses = mean_curve(row, 'evals', 'val_loss')
-        axes[0].plot(steps, losses, markersize=4, **style | {'linestyle': '', 'label': None})
-        tops += losses[-1:]
-        axes[0].plot([], [], linewidth=1, markersize=4, **style)        # for the legend: line and marker
+        every = max(1, len(steps) // 12)
+        style |= dict(markersize=4, markevery=((len(steps) - 1) % every, every), linewidth=1)
+        axes[0].plot(steps, losses, **style | {'linestyle': '', 'label': None})
+        settled += losses[-1:]
+        axes[0].plot([], [], **style)   # for the legend: line and marker
         if row in compared:
-            axes[1].plot(*mean_curve(row, 'evals', 'val_loss', row.control), linewidth=1, markersize=4,
-                         **style | {'label': None})
-    axes[0].set_ylim(top=max(tops) + 0.05 * (max(tops) - min(tops)))    # the first descent is steep
+            axes[1].plot(*mean_curve(row, 'evals', 'val_loss', row.control), **style | {'label': None})
+    margin = 0.05 * (max(settled) - min(settled)) or 0.1
+    axes[0].set_ylim(min(settled) - margin, max(settled) + margin)
     axes[0].set_ylabel(f'loss ({loss_unit(rows)})')
     axes[0].set_title('lines: train, smoothed; markers: validation; the first steps are cut off', fontsize=8)
     if compared:
@@ -633,18 +635,18 @@ def plot_curves(rows, path):
         axes[1].set_title('validation loss minus the dense control, paired by seed', fontsize=8)
     for ax in axes:
         ax.set_xlabel('step (updates made)')
-    fig.legend(loc='outside lower center', ncols=4, fontsize=8, title='communications', title_fontsize=8)
+    fig.legend(loc='outside lower center', ncols=3, fontsize=8, title='communications: blocks',
+               title_fontsize=8)
     fig.savefig(path)
 
 
 def plot_speed(rows, path):
     """Tokens per second of each row, as bars."""
     fig, (ax,) = figure(rows, 'Training speed', height=1.8 + 0.3 * len(rows))
-    labels = [row.label if row.dense else f'{row.label}: {shape(row.block_types)}' for row in rows]
     bars = ax.barh(range(len(rows)), [row.tokens_per_sec for row in rows], height=0.7, color='0.75',
                    edgecolor='black')
     ax.bar_label(bars, [f'{row.tokens_per_sec:,.0f}' for row in rows], padding=3, fontsize=8)
-    ax.set_yticks(range(len(rows)), labels, fontsize=8)
+    ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.grid(visible=False, axis='y')

@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parent
 DEFAULTS = ROOT / 'config' / 'defaults.py'
 
 AT_LEAST_1 = (lambda value: value >= 1, 'at least 1')
+SEED = (lambda value: 0 <= value < 2**63, 'at least 0 and below 2**63')
 NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
 LIMITS = dict(                          # the model's own keys are checked by GPTConfig
-    eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, log_interval=AT_LEAST_1, seed=NOT_NEGATIVE,
+    eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, log_interval=AT_LEAST_1, seed=SEED,
     batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
     learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
@@ -40,7 +41,7 @@ def fail(message):
     if int(os.environ.get('RANK', 0)) > 0:
         time.sleep(5)                   # torchrun kills all once one has gone: let the first process speak
         sys.exit(1)
-    sys.exit(f'error: {message}')
+    sys.exit('error: ' + ' '.join(message.split()))
 
 
 class Config(SimpleNamespace):
@@ -102,10 +103,14 @@ def check(key, value, source, keys):
         value = list(value)
     if not accepts(kind, value):
         fail(f'{source}: {key} is {value!r}, it must be {in_words(kind)}')
+    if type(value) in (int, float) and float in alternatives(kind):
+        if not abs(value) <= sys.float_info.max:
+            fail(f'{source}: {key} must be a finite number')
+        value = float(value)
     holds, wanted = LIMITS.get(key, (None, None))
     if holds and value is not None and not holds(value):
         fail(f'{source}: {key} is {value!r}, it must be {wanted}')
-    return float(value) if type(value) is int and float in alternatives(kind) else value
+    return value
 
 
 def read_file(path):
@@ -135,7 +140,7 @@ def parse_value(text, kind):
         tree = ast.parse(text, mode='eval')
         if all(isinstance(node, allowed) for node in ast.walk(tree)):
             return eval(compile(tree, 'a flag', 'eval'), {'__builtins__': {}})
-    except (SyntaxError, ValueError, TypeError, ZeroDivisionError):
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
         pass                            # not a literal: text, which the key's type then takes or refuses
     return text
 

@@ -328,6 +328,7 @@ def plainly(main):
     try:
         main()
     except (OSError, ValueError) as error:
-        raise SystemExit(" ".join(str(error).split())) from None
+        where = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        raise SystemExit(" ".join(where.split())) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from what is finished") from None

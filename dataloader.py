@@ -24,7 +24,7 @@ class TrainLoader:
 
     def __init__(self, tokens, block_size, windows_per_step, seed, ddp_rank, ddp_size, batch_size, device):
         if windows_per_step % ddp_size:
-            raise ValueError(f"a step's {windows_per_step} windows (batch_size x gradient_accumulation_steps) "
+            raise ValueError(f"batch_size x gradient_accumulation_steps = {windows_per_step} windows "
                              f"do not divide by {ddp_size} data-parallel processes")
         if len(tokens) <= block_size:
             raise ValueError(f"the training split has {len(tokens)} tokens, one window of block_size "
@@ -56,8 +56,8 @@ class TrainLoader:
                         for part in share)
 
     def _prefetch(self, step):
-        # a thread a step: nothing to shut down. no daemon either: a program that ends waits the milliseconds of
-        # one read, where it would tear a daemon down in the midst of torch
+        # a thread a step: nothing to shut down. no daemon either: a program that ends waits the milliseconds
+        # of one read, where it would tear a daemon down in the midst of torch
         self.prefetched = step, Future()
         Thread(target=self._read, args=self.prefetched).start()
 
@@ -77,7 +77,7 @@ def val_batches(tokens, block_size, batch_size, eval_tokens, ddp_rank, ddp_size,
 
     The targets are the first eval_tokens that the split has (its tokens 1, 2, ...), in consecutive windows,
     each in one window of one process. A batch without enough of them is padded, with -1 in y. Batch i is for
-    process i % ddp_size, and is the same for any ddp_size. ValueError if a token is outside the vocabulary."""
+    process i % ddp_size, and the same for any ddp_size. ValueError if a token is outside the vocabulary."""
     targets = min(eval_tokens, len(tokens) - 1)
     size = batch_size * block_size
     for begin in range(ddp_rank * size, targets, ddp_size * size):

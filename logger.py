@@ -24,14 +24,22 @@ class Log:
     def __init__(self, config, first, info, start, kept, wandb_id):
         self.first, self.wandb = first, None
         if first:
-            path = Path(config.out_dir) / 'metrics.jsonl'
-            path.touch()
-            self.metrics = open(path, 'r+b')
-            self.metrics.truncate(kept)
-            self.metrics.seek(kept)
             self.bar = tqdm(total=config.max_iters, initial=start, unit='step', disable=not sys.stderr.isatty())
+            self.metrics = self.open_metrics(Path(config.out_dir) / 'metrics.jsonl', kept)
             if config.wandb_log:
                 self.start_wandb(config, info, wandb_id)
+
+    def open_metrics(self, path, kept):
+        """The file, cut to `kept` bytes: a run writes again what it wrote after its last checkpoint."""
+        path.touch()
+        found = path.read_bytes()[:kept]
+        if len(found) < kept:           # somebody cut it: what is left of it ends with a whole line
+            found = found[:found.rfind(b'\n') + 1]
+            self.say(f'warning: {path} is shorter than at the last checkpoint; its lines from there on are gone')
+        metrics = open(path, 'r+b')
+        metrics.truncate(len(found))
+        metrics.seek(len(found))
+        return metrics
 
     def say(self, words):
         """One line for people."""
@@ -49,6 +57,11 @@ class Log:
         self.metrics.flush()
         if self.wandb:
             self.guard_wandb(lambda: self.wandb.log({CHARTS.get(key, key): value for key, value in line.items()}))
+
+    def flush(self):
+        """Puts the metrics on the disk. Returns their size in bytes."""
+        os.fsync(self.metrics.fileno())
+        return self.metrics.tell()
 
     def progress(self, step, total, words):
         """How far the run is: on the bar where there is one, else as a line."""
@@ -70,8 +83,9 @@ class Log:
         os.environ.setdefault('WANDB_SILENT', 'true')
         try:
             import wandb
+            mode = None                 # W&B's own choice
             if 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False):
-                os.environ['WANDB_MODE'] = 'offline'
+                mode = 'offline'
                 self.say('warning: W&B has no key here and runs offline; after `wandb login`, '
                          f'`wandb sync {config.out_dir}/wandb/offline-run-*` uploads what it kept')
             tracked = dict(info['config'], **{key: info[key] for key in (
@@ -79,7 +93,7 @@ class Log:
                 all_reduces_forward=info['all_reduces']['forward'],
                 all_reduces_backward=info['all_reduces']['backward'])
             self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=tracked,
-                                    dir=config.out_dir, id=wandb_id, resume='allow', group=info['corpus']['name'],
+                                    dir=config.out_dir, mode=mode, id=wandb_id, resume='allow', group=info['corpus']['name'],
                                     job_type='train')
             self.wandb.define_metric('iter')
             # W&B drops what comes at a lower step of its own than it has seen; plotted against iter, nothing is lost

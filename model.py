@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -33,9 +34,15 @@ import torch.nn.functional as F
 
 
 class Ranks(NamedTuple):
-    """The tensor-parallel ranks, and how many of them this process hosts."""
+    """The tensor-parallel ranks, and which of them this process hosts."""
     size: int                           # R
     local: int                          # L
+    first: int = 0                      # the lowest hosted one
+    group: dist.ProcessGroup | None = None      # the processes that host the others; None where there are none
+
+    @property
+    def processes(self):
+        return self.size // self.local
 
 
 class AllReduces:
@@ -58,32 +65,77 @@ def count_all_reduces():
         counts.pop()
 
 
+def compute_dtype(x):
+    """What a matmul of x is computed in, and its result sent in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class FOp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, ranks, in_stream):
+        ctx.ranks, ctx.in_stream, ctx.dtype = ranks, in_stream, compute_dtype(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):            # the hosted ranks' gradients arrive here already summed
-        for count in counts:
+        for count in counts if ctx.in_stream else ():
             count.backward += 1
-        return grad
+        if ctx.ranks.group is not None:
+            message = grad.to(ctx.dtype, copy=True).contiguous()
+            dist.all_reduce(message, group=ctx.ranks.group)
+            grad = message.to(grad.dtype)
+        return grad, None, None
 
 
-def f_op(x, ranks):
-    """Megatron's f: forward identity, backward all-reduce. x common (B, T, C), as the ranks are to read it."""
-    if ranks.size == 1 or torch.compiler.is_compiling():
-        return x
-    return FOp.apply(x)
+class GOp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p, ranks, in_stream):
+        for count in counts if in_stream else ():
+            count.forward += 1
+        if ranks.group is None:
+            return p.view_as(p)
+        message = p.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(message, group=ranks.group)
+        return message
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
 
 
-def g_op(p, ranks):
-    """Megatron's g: forward all-reduce, backward identity. p partial (B, T, C) -> common (B, T, C)."""
-    if ranks.size == 1 or torch.compiler.is_compiling():
-        return p
-    for count in counts:
-        count.forward += 1
-    return p
+def traced_away(ranks):
+    """Simulated and compiled, f_op and g_op are the identity and carry no counter. With one rank they always are."""
+    return ranks.size == 1 or (ranks.group is None and torch.compiler.is_compiling())
+
+
+def f_op(x, ranks, in_stream=True):
+    """Megatron's f: forward identity, backward all-reduce. x common, as the ranks are to read it."""
+    return x if traced_away(ranks) else FOp.apply(x, ranks, in_stream)
+
+
+def g_op(p, ranks, in_stream=True):
+    """Megatron's g: forward all-reduce, backward identity. p partial -> common, of the same shape."""
+    return p if traced_away(ranks) else GOp.apply(p, ranks, in_stream)
+
+
+class Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p, processes):
+        ctx.processes = processes
+        return p.view_as(p)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.processes, None
+
+
+def enter(p, ranks):
+    """
+    What a replicated parameter p gives to the common stream. Every process computes the whole gradient of that and keeps
+    its share, so that one sum over processes is right for it and for the gradients of what a rank alone has read.
+    """
+    return p if p is None or ranks.group is None else Share.apply(p, ranks.processes)
 
 
 # the sharded layers: one matmul for all hosted ranks where they share it, batched where they have drifted
@@ -93,7 +145,7 @@ class ColumnParallel(nn.Linear):
     """Output features sharded: D a rank, or D of each of the `parts` matrices stacked in the weight."""
 
     def __init__(self, in_features, out_features, config, ranks, parts=1):
-        super().__init__(in_features, out_features, bias=config.bias)
+        super().__init__(in_features, out_features // ranks.processes, bias=config.bias)
         self.ranks, self.parts = ranks, parts
 
     def forward(self, u):
@@ -112,7 +164,7 @@ class RowParallel(nn.Linear):
     """Input features sharded, D a rank. The product waits in a Partial until it is known if a sync follows."""
 
     def __init__(self, in_features, out_features, config, ranks):
-        super().__init__(in_features, out_features, bias=config.bias)
+        super().__init__(in_features // ranks.processes, out_features, bias=config.bias)
         self.ranks, self.dropout = ranks, config.dropout
 
     def forward(self, y):
@@ -155,12 +207,6 @@ def dropout_mask(shape, p, like):
     return F.dropout(torch.ones(shape, device=like.device), p)
 
 
-def compute_dtype(x):
-    """What a matmul of x is computed in, and its result sent in."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def plus(a, b):
     """a + b, where a b of None is zero and costs nothing."""
     return a if b is None else a + b
@@ -188,15 +234,15 @@ class Stream(NamedTuple):
 
     def add(self, partial):
         """d_r <- d_r + P_r, and the bias into c. No communication: the ranks drift apart."""
-        d = plus(partial.each().to(self.c.dtype), self.d)
-        return Stream(plus(self.c, partial.bias()), plus(self.x, partial.bias()), d, self.ranks)
+        bias, d = partial.bias(), plus(partial.each().to(self.c.dtype), self.d)
+        return Stream(plus(self.c, enter(bias, self.ranks)), plus(self.x, bias), d, self.ranks)
 
     def sync(self, partial=None):
         """A sync point: c <- c + sum_r (d_r + P_r), in one all-reduce, and the bias; d <- 0."""
         drift = None if self.d is None else self.d.sum(0)                       # partial (B, T, C)
         message, bias = (drift, None) if partial is None else (plus(partial.summed(), drift), partial.bias())
         c = self.c + g_op(message.to(compute_dtype(message)), self.ranks)
-        return Stream.start(plus(c, bias), self.ranks)
+        return Stream.start(plus(c, enter(bias, self.ranks)), self.ranks)
 
 
 # the sublayers, and the three blocks that differ in when they sync
@@ -208,7 +254,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = ColumnParallel(config.n_embd, 3 * config.n_embd, config, ranks, parts=3)
         self.c_proj = RowParallel(config.n_embd, config.n_embd, config, ranks)
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
-        self.dropout = config.dropout
+        self.dropout, self.ranks = config.dropout, ranks
 
     def forward(self, u):
         """u common (B, T, C) or drifted (L, B, T, C) -> Partial"""
@@ -230,9 +276,10 @@ class CausalSelfAttention(nn.Module):
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)                                # (N, h, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        B = N * h // self.n_head
-        mask = dropout_mask((B, self.n_head, T, T), self.dropout, q)
-        mask = mask.view(B, N // B, h, T, T).transpose(0, 1).reshape(N, h, T, T)
+        hosted = self.n_head // self.ranks.processes
+        B = N * h // hosted
+        mask = dropout_mask((B, self.n_head, T, T), self.dropout, q).split(hosted, dim=1)
+        mask = mask[self.ranks.first // self.ranks.local].view(B, N // B, h, T, T).transpose(0, 1).reshape(N, h, T, T)
         return (weights * mask.to(v.dtype)) @ v
 
 
@@ -312,17 +359,69 @@ class GPTConfig:
         if self.n_head % self.tp_size:
             raise ValueError(f'tp_size is {self.tp_size}, it must divide n_head, {self.n_head}')
         for i, name in enumerate(self.block_types):
-            if name not in BLOCKS:
+            if not isinstance(name, str) or name not in BLOCKS:
                 raise ValueError(f'block_types has {name!r} at layer {i}, it must be one of {", ".join(BLOCKS)}')
         if len(self.block_types) != self.n_layer:
             raise ValueError(f'block_types has {len(self.block_types)} entries, n_layer is {self.n_layer}')
 
 
+# a rank's shards of the parameters: sharded processes hold these under the dense names
+
+
+def sharding(name):
+    """(dim, parts) of a parameter that is sharded: along dim, each of its stacked parts apart. None if replicated."""
+    if 'c_attn' in name:
+        return 0, 3
+    if 'c_fc' in name:
+        return 0, 1
+    return (1, 1) if name.endswith('c_proj.weight') else None
+
+
+def take_shard(name, full, ranks):
+    """The hosted ranks' slice of a dense parameter, or of a tensor of its shape."""
+    if sharding(name) is None or ranks.group is None:
+        return full
+    dim, parts = sharding(name)
+    by_process = full.unflatten(dim, (parts, ranks.processes, -1))
+    return by_process.select(dim + 1, ranks.first // ranks.local).flatten(dim, dim + 1)
+
+
+def join_shards(name, shard, ranks):
+    """The dense tensor of which each process of the group has a slice, on all of them. A collective call."""
+    if sharding(name) is None or ranks.group is None:
+        return shard
+    dim, parts = sharding(name)
+    shards = [torch.empty_like(shard) for _ in range(ranks.processes)]
+    dist.all_gather(shards, shard.contiguous(), group=ranks.group)
+    return torch.stack([s.unflatten(dim, (parts, -1)) for s in shards], dim + 1).flatten(dim, dim + 2)
+
+
+def parallel_cross_entropy(x, weight, targets, ranks):
+    """
+    Cross-entropy with the vocabulary sharded by rows (Megatron-LM, section 3): no process sees another's logits.
+
+    x common (N, C), weight (V, C) of which this process reads its rows, targets (N,) -> the mean over targets not -1
+    """
+    rows = torch.arange(weight.size(0), device=x.device).tensor_split(ranks.processes)[ranks.first // ranks.local]
+    low, high = rows[0].item(), rows[-1].item() + 1
+    logits = F.linear(f_op(x, ranks, in_stream=False), weight[low:high])                # (N, V/R)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = logits.detach().amax(-1)                                                  # (N,)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, ranks.group)
+    logits = logits - largest[:, None]
+    here = (targets >= low) & (targets < high)
+    target = logits.gather(-1, (targets - low).clamp(0, high - low - 1)[:, None]).squeeze(-1) * here
+    total, target = g_op(torch.stack((logits.exp().sum(-1), target)), ranks, in_stream=False)   # (N,) common
+    counted = targets != -1
+    return ((total.log() - target) * counted).sum() / counted.sum()
+
+
 class GPT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, ranks=None):
+        """ranks: those that this process hosts, where it is one of a tensor-parallel group; None hosts all."""
         super().__init__()
         self.config = config
-        self.ranks = Ranks(config.tp_size, config.tp_size)
+        self.ranks = ranks or Ranks(config.tp_size, config.tp_size)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -359,19 +458,34 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= self.config.block_size, f'{T} tokens, block_size is {self.config.block_size}'
         c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
-        stream = Stream.start(F.dropout(c, self.config.dropout, self.training), self.ranks)
+        c = F.dropout(enter(c, self.ranks), self.config.dropout, self.training)         # common (B, T, C)
+        stream = Stream.start(c, self.ranks)
         for block in self.transformer.h:
             stream = block(stream)
         if stream.d is not None:
             stream = stream.sync()
-        x = self.transformer.ln_f(stream.c)                                             # common (B, T, C)
+        ln_f = self.transformer.ln_f
+        weight, bias = enter(ln_f.weight, self.ranks), enter(ln_f.bias, self.ranks)
+        x = F.layer_norm(stream.c, ln_f.normalized_shape, weight, bias, ln_f.eps)       # common (B, T, C)
         if targets is None:
-            return self.lm_head(x), None
-        return None, self.cross_entropy(x, targets)
+            return F.linear(x, enter(self.lm_head.weight, self.ranks)), None
+        return None, self.cross_entropy(x.flatten(0, 1), targets.flatten())
 
     def cross_entropy(self, x, targets):
-        logits = self.lm_head(x.flatten(0, 1))                                          # (B*T, V)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+        """x common (B*T, C), targets (B*T,) -> the mean over the targets that are not -1"""
+        if self.ranks.group is None:
+            return F.cross_entropy(self.lm_head(x), targets, ignore_index=-1)
+        return parallel_cross_entropy(x, self.lm_head.weight, targets, self.ranks)
+
+    def shard(self, ranks):
+        """This dense network as one process of a tensor-parallel group holds it."""
+        sharded = GPT(self.config, ranks)
+        sharded.load_dense(self.state_dict())
+        return sharded
+
+    def load_dense(self, state):
+        """Loads a dense state_dict, of which a sharded process keeps its slices."""
+        self.load_state_dict({name: take_shard(name, full, self.ranks) for name, full in state.items()})
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):

@@ -273,7 +273,7 @@ class Sweep:
                 self.end(job)
             if self.jobs:
                 self.show()
-                time.sleep(0.5)
+                time.sleep(0.2)
         self.say(f'{len(self.finished)} runs finished, {len(self.failed)} failed'
                  + ''.join(f'\n  FAILED: {run.name}, see {run.out_dir / "log.txt"}' for run in self.failed))
 

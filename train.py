@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,8 +79,8 @@ def find_place(config):
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         config.refuse(f'device is {name}, which this machine or this torch does not have; try --device=cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
@@ -125,7 +126,7 @@ def claim(config):
         checkpoint.lock(out_dir)
     except OSError as error:
         raise ValueError(f'out_dir is {out_dir}, which cannot be written: {error.strerror}') from error
-    info, saved = checkpoint.read_json(f'{out_dir}/run.json'), checkpoint.exists(out_dir)
+    info, saved = checkpoint.read_run(f'{out_dir}/run.json'), checkpoint.exists(out_dir)
     changed = differences(info['config'], vars(config)) if info else {}
     if info and info['state'] == 'finished' and not changed:
         return f'{info["name"]} is finished: val loss {info["val_loss"]:.4f} at step {info["iter"]} ({out_dir})'
@@ -152,9 +153,16 @@ def claim_together(config, place):
     return result
 
 
+def git_commit():
+    """Of the code that runs, or None where there is no git or no repository."""
+    if shutil.which('git') is None:
+        return None
+    git = subprocess.run(['git', 'rev-parse', '--verify', '-q', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+
 def describe(config, corpus, model, observed, place):
     """What run.json says of a run from its start: what it is, and what made it."""
-    git = subprocess.run(['git', 'rev-parse', '--verify', '-q', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
     return dict(
         name=config.wandb_run_name, state='running', iter=0, config=vars(config),
         corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
@@ -162,7 +170,7 @@ def describe(config, corpus, model, observed, place):
         communications=communications(config.block_types, config.tp_size),
         all_reduces=vars(observed), parameters=model.num_params(), flops_per_token=model.flops_per_token(),
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
-        processes=place.ddp_size, device=place.device_name, git_commit=git.stdout.strip() or None,
+        processes=place.ddp_size, device=place.device_name, git_commit=git_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         argv=sys.argv[1:])
 
@@ -319,10 +327,13 @@ class Run:
             raise ValueError(f'{key} is {changed[key][1]}, {path} holds a network with {changed[key][0]}')
         if saved['iter'] > config.max_iters:
             raise ValueError(f'max_iters is {config.max_iters}, {path} is at step {saved["iter"]} already')
-        self.raw.load_state_dict(saved['model'])
-        self.optimizer.load_state_dict(saved['optimizer'])
-        self.scaler.load_state_dict(saved['scaler'])
-        self.now = Progress(**saved['progress'])
+        try:
+            self.raw.load_state_dict(saved['model'])
+            self.optimizer.load_state_dict(saved['optimizer'])
+            self.scaler.load_state_dict(saved['scaler'])
+            self.now = Progress(**saved['progress'])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f'{path} does not fit this run: {error}') from error
         lines += [f'warning: {key} was {theirs} up to step {self.now.iter}, it is {ours} from here on'
                   for key, (theirs, ours) in changed.items()]
         return lines + [f'resuming from {path} at step {self.now.iter}']
@@ -428,7 +439,7 @@ class Run:
         """A checkpoint, by the first process. A disk that refuses is warned of, and training goes on."""
         if not self.place.first:
             return
-        self.now.metrics_bytes = self.log.metrics.tell()
+        self.now.metrics_bytes = self.log.flush()
         self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
         state = dict(on_cpu(self.raw, self.optimizer), scaler=self.scaler.state_dict(), iter=self.now.iter,
                      config=vars(self.config), vocab_size=self.raw.config.vocab_size, corpus=self.corpus.meta,

@@ -20,7 +20,7 @@ TRAIN_SHARE = 0.9
 
 
 def download(path):
-    """The text behind URL as bytes, kept at `path`. OSError without network, ValueError if it is another text."""
+    """The text behind URL as bytes, kept at `path`. OSError without network, ValueError for another text."""
     if not path.exists():
         try:
             with urlopen(URL, timeout=60) as answer:
@@ -42,11 +42,11 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
                         help="folder to write to (default: this script's)")
     args = parser.parse_args()
-    data = args.input.read_bytes() if args.input else download(args.out / "input.txt")
-    source = {"sha256": hashlib.sha256(data).hexdigest()}
+    source = {"sha256": hashlib.sha256(args.input.read_bytes()).hexdigest() if args.input else SHA256}
     if is_prepared(args.out, source):
         print(f"{args.out} is already prepared")
         return
+    data = args.input.read_bytes() if args.input else download(args.out / "input.txt")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
