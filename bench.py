@@ -21,7 +21,7 @@ from scipy import stats
 
 from configurator import load
 from model import GPT
-from train import autocast, compiled, find_place, model_config_of, peak_flops, train_step
+from train import Network, autocast, find_place, model_config_of, peak_flops, train_step
 
 CONTROL = 'config/train_gpt2.py'
 RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]
@@ -53,14 +53,11 @@ class Candidate:
         self.seconds = []
 
     def prepare(self, model):
-        config = self.config
-        self.optimizer = model.configure_optimizers(
-            config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
-        self.scaler = torch.amp.GradScaler(self.place.device.type, enabled=config.dtype == 'float16')
-        self.model = compiled(model, config.batch_size, config, self.place, print) if config.compile else model
+        self.net = Network(model, self.config)
+        self.net.wrap(self.config.batch_size, None, self.config, self.place, print)
 
     def step(self):
-        train_step(self.model, self.optimizer, self.scaler, [self.batch], self.config.learning_rate, self.config, self.place)
+        train_step(self.net, [self.batch], self.config.learning_rate, self.config, self.place)
 
     def time_step(self):
         began = time.perf_counter()

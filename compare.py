@@ -426,7 +426,7 @@ def answers(rows):
 # the table
 
 
-def subject(runs):
+def subject(runs, between=' / '):
     """Which corpus, length and size the numbers belong to."""
     told = []
     for run in runs:
@@ -434,7 +434,7 @@ def subject(runs):
         size = f'{parameters / 1e6:.0f}M' if parameters >= 1e7 else f'{parameters / 1e6:.2f}M'
         told.append(f'{corpus["corpus"]}, {TOKENS.get(corpus["tokenizer"], corpus["tokenizer"])} tokens, '
                     f'{run.config["max_iters"]:,} steps, {size} parameters')
-    return ' / '.join(dict.fromkeys(told))
+    return between.join(dict.fromkeys(told))
 
 
 HEADER = ['run', 'communications', 'all-reduces fwd/bwd', 'blocks', 'tp_size', 'seeds', 'val loss',
@@ -523,7 +523,8 @@ def figure(rows, title, panels=1, height=4.8):
     fig = Figure(figsize=(8 if panels == 1 else 11, height), dpi=150, layout='constrained')
     axes = fig.subplots(1, panels, squeeze=False)[0]
     n = max(len(row.runs) for row in rows)
-    fig.suptitle(f'{title}\n{subject([row.first for row in rows])}, {n} seed{"s" * (n > 1)}', fontsize=10)
+    corpus = subject([row.first for row in rows], between='\n')
+    fig.suptitle(f'{title}\n{corpus}, {n} seed{"s" * (n > 1)}', fontsize=10)
     for ax in axes:
         ax.grid(alpha=0.3, linewidth=0.5)
         ax.set_axisbelow(True)

@@ -179,7 +179,7 @@ def pattern(block_types):
 
 # what may differ between two calls of one run, or between two runs that are compared: not the recipe
 HOUSEKEEPING = {'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
-                'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard'}
+                'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard', 'tp_across_nodes'}
 
 
 def differences(theirs, ours):

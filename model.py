@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import get_total_norm
 
 # communication: the residual stream crosses ranks in f_op and g_op, and nowhere else
 
@@ -482,6 +483,27 @@ class GPT(nn.Module):
         sharded = GPT(self.config, ranks)
         sharded.load_dense(self.state_dict())
         return sharded
+
+    def sum_replicated_gradients(self):
+        """Replicated parameters' gradients, summed over the processes of the group in one flat all-reduce."""
+        if self.ranks.group is not None:
+            grads = [p.grad for name, p in self.named_parameters() if sharding(name) is None]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat, group=self.ranks.group)
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(
+                flat.split([grad.numel() for grad in grads]), grads)])
+
+    def gradient_norm(self):
+        """The norm of the dense network's gradient, each parameter counted once. A 0-dim tensor."""
+        sharded, replicated = [], []
+        for name, p in self.named_parameters():
+            (replicated if sharding(name) is None else sharded).append(p.grad)
+        norms = torch.stack((get_total_norm(sharded), get_total_norm(replicated)))
+        if self.ranks.group is None:
+            return norms.norm()
+        squares = norms.square()
+        dist.all_reduce(squares[:1], group=self.ranks.group)
+        return squares.sum().sqrt()
 
     def load_dense(self, state):
         """Loads a dense state_dict, of which a sharded process keeps its slices."""

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -35,7 +36,7 @@ from configurator import communications, differences, fail, load
 from corpus import open_corpus
 from dataloader import TrainLoader, val_batches
 from logger import Log
-from model import GPT, GPTConfig, count_all_reduces
+from model import GPT, GPTConfig, Ranks, count_all_reduces, join_shards, take_shard
 
 RESUMABLE = 75                          # EX_TEMPFAIL: stopped by a signal, saved, to be continued
 ROOT = Path(__file__).resolve().parent
@@ -58,18 +59,51 @@ def peak_flops(device, dtype):
 
 
 class Place(NamedTuple):
-    ddp_rank: int
-    ddp_size: int
+    """This process among all, and where its tensor-parallel group and its data-parallel one lie."""
+    process: int
+    processes: int
+    groups: list                        # one row a tensor-parallel group: the processes in it, by tp rank
     device: torch.device
 
     @property
     def first(self):
-        return self.ddp_rank == 0
+        return self.process == 0
+
+    @property
+    def ddp_rank(self):
+        return next(i for i, group in enumerate(self.groups) if self.process in group)
+
+    @property
+    def ddp_size(self):
+        return len(self.groups)
+
+    @property
+    def tp_rank(self):
+        return self.groups[self.ddp_rank].index(self.process)
 
     @property
     def device_name(self):
         """What the maker calls it, for a GPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else str(self.device)
+
+
+def tensor_parallel_groups(config, processes):
+    """The processes of each tensor-parallel group: alone when simulating, else side by side or one a node."""
+    if not config.shard:
+        if config.tp_across_nodes:
+            config.refuse('tp_across_nodes is True, which means something with --shard=True only')
+        return [[process] for process in range(processes)]
+    size = config.tp_size
+    if processes % size:
+        config.refuse(f'shard is True, which takes a multiple of tp_size, {size}, processes; there are {processes}')
+    if config.dtype == 'float16':
+        config.refuse('dtype is float16, whose loss scale is not for shard; use bfloat16')
+    if not config.tp_across_nodes:
+        return torch.arange(processes).view(-1, size).tolist()
+    nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
+    if nodes % size:
+        config.refuse(f'tp_across_nodes is True, which takes a multiple of tp_size, {size}, nodes; there are {nodes}')
+    return torch.arange(processes).view(nodes // size, size, -1).transpose(1, 2).reshape(-1, size).tolist()
 
 
 def find_place(config):
@@ -84,28 +118,36 @@ def find_place(config):
         config.refuse(f'device is {name}, which this machine or this torch does not have; try --device=cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
         if config.dtype == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
             config.refuse('dtype is bfloat16, which this GPU does not compute; try --dtype=float16')
-    return Place(int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)), device)
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    return Place(int(os.environ.get('RANK', 0)), processes, tensor_parallel_groups(config, processes), device)
 
 
 def connect(config, place):
-    if place.ddp_size > 1:
-        backend = config.backend or ('nccl' if place.device.type == 'cuda' else 'gloo')
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    """Joins the processes. Returns (ranks, ddp_group): the tp ranks that this one hosts, None for all of them, and its
+    data-parallel peers, None where it has none."""
+    if place.processes == 1:
+        return None, None
+    backend = config.backend or ('nccl' if place.device.type == 'cuda' else 'gloo')
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    mesh = DeviceMesh(place.device.type, torch.tensor(place.groups), mesh_dim_names=('ddp', 'tp'))
+    ranks = Ranks(config.tp_size, 1, place.tp_rank, mesh.get_group('tp')) if len(place.groups[0]) > 1 else None
+    return ranks, mesh.get_group('ddp') if place.ddp_size > 1 else None
 
 
 def agree(value, place):
     """The first process's value, on every process."""
     values = [value]
-    if place.ddp_size > 1:
+    if place.processes > 1:
         dist.broadcast_object_list(values, src=0, device=place.device)
     return values[0]
 
 
 def total(values, place):
     """A tensor of a few numbers, summed over the processes."""
-    if place.ddp_size > 1:
+    if place.processes > 1:
         dist.all_reduce(values)
     return values
 
@@ -170,7 +212,7 @@ def describe(config, corpus, model, observed, place):
         communications=communications(config.block_types, config.tp_size),
         all_reduces=vars(observed), parameters=model.num_params(), flops_per_token=model.flops_per_token(),
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
-        processes=place.ddp_size, device=place.device_name, git_commit=git_commit(),
+        processes=place.processes, device=place.device_name, git_commit=git_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         argv=sys.argv[1:])
 
@@ -233,32 +275,53 @@ def learning_rate(it, config):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
 
 
-def train_step(model, optimizer, scaler, batches, lr, config, place, stopping=False):
+class Network:
+    """A model and what trains it: `raw` as it is, `fast` compiled where wanted, `ddp` averaging gradients."""
+
+    def __init__(self, raw, config):
+        self.raw = raw
+        self.optimizer = raw.configure_optimizers(
+            config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
+        device = raw.lm_head.weight.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == 'float16')
+
+    def wrap(self, micro_batch, ddp_group, config, place, say):
+        self.fast = compiled(self.raw, micro_batch, config, place, say) if config.compile else self.raw
+        self.ddp = self.fast
+        if ddp_group is not None:
+            self.ddp = DistributedDataParallel(self.fast, process_group=ddp_group)
+
+
+def train_step(net, batches, lr, config, place, stopping=False):
     """
-    One update from a list of equal micro-batches (x, y). Returns (loss, grad_norm, stopping), the same on all processes: the
-    mean loss of the global batch, its gradient's norm before clipping, and if any process is stopping.
+    One update from a list of equal micro-batches (x, y). Returns (loss, grad_norm, stopping), the same on all processes:
+    the mean loss of the global batch, its gradient's norm before clipping, and if any process is stopping.
 
     A step whose loss or gradient is not finite updates nothing. One transfer to the host decides all of it.
     """
     loss = torch.zeros((), device=place.device)
     for i, (x, y) in enumerate(batches, 1):
         waits = i < len(batches) and place.ddp_size > 1     # gradients are averaged after the last one only
-        with model.no_sync() if waits else contextlib.nullcontext():
+        with net.ddp.no_sync() if waits else contextlib.nullcontext():
             with autocast(config, place):
-                micro_loss = model(x, y)[1] / len(batches)
-            scaler.scale(micro_loss).backward()
+                micro_loss = net.ddp(x, y)[1] / len(batches)
+            net.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    reduced = total(torch.stack((loss / place.ddp_size, torch.tensor(float(stopping), device=place.device))), place)
-    loss, stopping, norm = torch.cat((reduced, norm.view(1))).tolist()
+    net.scaler.unscale_(net.optimizer)
+    net.raw.sum_replicated_gradients()
+    norm = net.raw.gradient_norm()
+    if config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(net.raw.parameters(), config.grad_clip, norm)
+    report = torch.stack((loss, torch.tensor(float(stopping), device=place.device)))
+    report = torch.cat((total(report, place), norm.view(1))).tolist()
+    loss, stopping, norm = report[0] / place.processes, report[1] > 0, report[2]
     if math.isfinite(loss) and math.isfinite(norm):
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm, stopping > 0
+        for group in net.optimizer.param_groups:
+            group['lr'] = lr
+        net.scaler.step(net.optimizer)
+    net.scaler.update()
+    net.optimizer.zero_grad(set_to_none=True)
+    return loss, norm, stopping
 
 
 @torch.no_grad()
@@ -275,19 +338,43 @@ def evaluate(model, tokens, config, place):
     summed = math.fsum(torch.stack(nats).tolist()) if nats else 0.0
     exact = torch.float32 if place.device.type == 'mps' else torch.float64
     summed, count = total(torch.tensor([summed, count], dtype=exact, device=place.device), place).tolist()
-    return summed / count, int(count)
+    return summed / count, int(count) // len(place.groups[0])       # the ranks of a group read the same
 
 
 # the run
 
 
-def on_cpu(model, optimizer):
-    """The model's and the optimizer's state on the CPU. The tied head is wte itself, so that a file holds it once."""
-    weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
+def optimized_names(net):
+    """The parameters' names in the order in which the optimizer's state numbers them."""
+    names = {id(p): name for name, p in net.raw.named_parameters()}
+    return [names[id(p)] for group in net.optimizer.param_groups for p in group['params']]
+
+
+def dense_state(net):
+    """
+    The dense model's and optimizer's state, on the CPU, whatever this process hosts. A collective call when sharded.
+
+    The tied head is wte itself, so that a file holds it once.
+    """
+    def dense(name, tensor):
+        return join_shards(name, tensor.detach(), net.raw.ranks).cpu() if tensor.dim() else tensor.cpu()
+
+    weights = {name: dense(name, p) for name, p in net.raw.named_parameters()}
     weights['lm_head.weight'] = weights['transformer.wte.weight']
-    state = optimizer.state_dict()
-    moments = {i: {key: value.cpu() for key, value in entry.items()} for i, entry in state['state'].items()}
+    state, names = net.optimizer.state_dict(), optimized_names(net)
+    moments = {i: {key: dense(names[i], value) for key, value in entry.items()} for i, entry in state['state'].items()}
     return dict(model=weights, optimizer=dict(state, state=moments))
+
+
+def load_dense_state(net, saved):
+    """What dense_state gave, into the model and optimizer, of which a sharded process keeps its slices."""
+    def mine(name, tensor):
+        return take_shard(name, tensor, net.raw.ranks) if tensor.dim() else tensor
+
+    net.raw.load_dense(saved['model'])
+    state, names = saved['optimizer'], optimized_names(net)
+    moments = {i: {key: mine(names[i], value) for key, value in entry.items()} for i, entry in state['state'].items()}
+    net.optimizer.load_state_dict(dict(state, state=moments))
 
 
 @dataclass
@@ -306,15 +393,13 @@ class Progress:
 class Run:
     """One run: what it trains and where it stands."""
 
-    def __init__(self, config, place, corpus, model_config, loader):
+    def __init__(self, config, place, corpus, loader, model_config, ranks):
+        """ranks: the tensor-parallel ranks that this process hosts; None for all of them."""
         self.config, self.place, self.corpus, self.loader = config, place, corpus, loader
         torch.manual_seed(config.seed)  # on the CPU: a seed gives the same weights whatever the device
-        self.raw = GPT(model_config)
-        self.info = describe(config, corpus, self.raw, observe_all_reduces(self.raw), place)
-        self.raw.to(place.device)
-        self.optimizer = self.raw.configure_optimizers(
-            config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.dtype == 'float16')
+        dense = GPT(model_config)
+        self.info = describe(config, corpus, dense, observe_all_reduces(dense), place)
+        self.net = Network((dense if ranks is None else dense.shard(ranks)).to(place.device), config)
         self.now = Progress()
 
     def restore(self):
@@ -322,33 +407,29 @@ class Run:
         config, lines = self.config, []
         path, saved = checkpoint.load_latest(config.out_dir, lines.append)
         there = dict(saved['config'], vocab_size=saved['vocab_size'])
-        changed = differences(there, dict(vars(config), vocab_size=self.raw.config.vocab_size))
+        changed = differences(there, dict(vars(config), vocab_size=self.net.raw.config.vocab_size))
         for key in {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'} & changed.keys():
             raise ValueError(f'{key} is {changed[key][1]}, {path} holds a network with {changed[key][0]}')
         if saved['iter'] > config.max_iters:
             raise ValueError(f'max_iters is {config.max_iters}, {path} is at step {saved["iter"]} already')
         try:
-            self.raw.load_state_dict(saved['model'])
-            self.optimizer.load_state_dict(saved['optimizer'])
-            self.scaler.load_state_dict(saved['scaler'])
+            load_dense_state(self.net, saved)
+            self.net.scaler.load_state_dict(saved['scaler'])
             self.now = Progress(**saved['progress'])
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f'{path} does not fit this run: {error}') from error
         lines += [f'warning: {key} was {theirs} up to step {self.now.iter}, it is {ours} from here on'
                   for key, (theirs, ours) in changed.items()]
         return lines + [f'resuming from {path} at step {self.now.iter}']
 
-    def train(self, lines):
+    def train(self, ddp_group, lines):
         """Updates until max_iters, or until a signal. Returns whether the run is finished. Says `lines` at its start."""
         config, place, now = self.config, self.place, self.now
         self.note_state('running')
         self.log = Log(config, place.first, self.info, now.iter, now.metrics_bytes, now.wandb_id)
         for line in self.introduction() + lines:
             self.log.say(line)
-        self.model = self.raw
-        if config.compile:
-            self.model = compiled(self.raw, self.loader.micro_batch, config, place, self.log.say)
-        self.ddp = DistributedDataParallel(self.model) if place.ddp_size > 1 else self.model
+        self.net.wrap(self.loader.micro_batch, ddp_group, config, place, self.log.say)
         stopping, self.failures, self.timed = False, 0, []
         while not stopping:
             due = now.iter % config.eval_interval == 0 or now.iter == config.max_iters
@@ -384,8 +465,7 @@ class Run:
         if config.dropout:              # masks follow from the step, so that a resumed run draws the same
             seeds = np.random.SeedSequence((config.seed, now.iter, self.place.ddp_rank))
             torch.manual_seed(int(seeds.generate_state(1)[0]))
-        loss, norm, stopping = train_step(self.ddp, self.optimizer, self.scaler, batches, lr, config, self.place,
-                                          stopping=bool(signals))
+        loss, norm, stopping = train_step(self.net, batches, lr, config, self.place, stopping=bool(signals))
         now.iter += 1
         self.timed.append(time.perf_counter() - began)
         now.seconds += self.timed[-1]
@@ -404,7 +484,7 @@ class Run:
         what = f'step {self.now.iter}: loss {loss}, grad norm {norm}, lr {lr:.2e}'
         self.log.say(f'warning: {what}; this step updated nothing')
         # float16's loss scale starts too high on purpose, and comes down by such steps
-        if self.failures == (25 if self.scaler.is_enabled() else 5):
+        if self.failures == (25 if self.net.scaler.is_enabled() else 5):
             fail(f'{what}, the {self.failures}th step in a row without a finite gradient; try a lower --learning_rate '
                  f'or --grad_clip=1.0; the last checkpoint in {self.config.out_dir} is intact')
 
@@ -413,7 +493,7 @@ class Run:
         seconds = sum(self.timed) / len(self.timed)
         speed = self.info['tokens_per_step'] / seconds
         peak = peak_flops(self.info['device'], config.dtype)
-        mfu = peak and speed * self.info['flops_per_token'] / (peak * self.place.ddp_size)
+        mfu = peak and speed * self.info['flops_per_token'] / (peak * self.place.processes)
         memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         self.timed = []
         self.log.write(iter=now.iter, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_sec=speed, mfu=mfu,
@@ -425,7 +505,7 @@ class Run:
     def evaluate(self):
         """Validation loss, and a checkpoint."""
         config, now, began = self.config, self.now, time.perf_counter()
-        now.val_loss, tokens = evaluate(self.model, self.corpus.val, config, self.place)
+        now.val_loss, tokens = evaluate(self.net.fast, self.corpus.val, config, self.place)
         now.evaluated = now.iter
         now.seconds += time.perf_counter() - began
         best = now.val_loss < now.best_val_loss
@@ -437,13 +517,13 @@ class Run:
 
     def save(self, best=False):
         """A checkpoint, by the first process. A disk that refuses is warned of, and training goes on."""
+        state = dense_state(self.net) if self.place.ddp_rank == 0 else None
         if not self.place.first:
             return
         self.now.metrics_bytes = self.log.flush()
         self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
-        state = dict(on_cpu(self.raw, self.optimizer), scaler=self.scaler.state_dict(), iter=self.now.iter,
-                     config=vars(self.config), vocab_size=self.raw.config.vocab_size, corpus=self.corpus.meta,
-                     progress=asdict(self.now))
+        state.update(scaler=self.net.scaler.state_dict(), iter=self.now.iter, config=vars(self.config),
+                     vocab_size=self.net.raw.config.vocab_size, corpus=self.corpus.meta, progress=asdict(self.now))
         try:
             checkpoint.save(self.config.out_dir, state, best)
         except OSError as error:
@@ -474,25 +554,25 @@ def main(argv):
                              config.seed, place.ddp_rank, place.ddp_size, config.batch_size, place.device)
     except ValueError as error:
         config.refuse(str(error))
-    connect(config, place)
+    ranks, ddp_group = connect(config, place)
     if not config.eval_only and (result := claim_together(config, place)):
         if place.first:
             print(result)
         return
-    run = Run(config, place, corpus, model_config, loader)
+    run = Run(config, place, corpus, loader, model_config, ranks)
     try:
         lines = run.restore() if config.init_from == 'resume' else []
     except ValueError as error:
         config.refuse(str(error))
     if config.eval_only:
-        loss, tokens = evaluate(run.raw, corpus.val, config, place)
+        loss, tokens = evaluate(run.net.raw, corpus.val, config, place)
         if place.first:
             print('\n'.join(lines + [f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}']))
         return
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
     try:
-        finished = run.train(lines)
+        finished = run.train(ddp_group, lines)
     except torch.OutOfMemoryError:
         run.note_state('failed')
         sys.exit(f'error: out of GPU memory; {smaller_batches(config)} keeps the batch and takes less')
@@ -500,7 +580,7 @@ def main(argv):
         run.note_state('failed')
         raise
     run.log.close(0 if finished else RESUMABLE)
-    if place.ddp_size > 1:
+    if place.processes > 1:
         dist.destroy_process_group()
     if not finished:
         sys.exit(RESUMABLE)

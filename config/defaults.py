@@ -51,3 +51,5 @@ backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nc
 device: str = 'cuda'                        # cpu, cuda, cuda:1, mps ...
 dtype: Literal['float32', 'bfloat16', 'float16'] = 'bfloat16'   # of the matmuls; weights are float32
 compile: bool = True                        # use torch.compile
+shard: bool = False                         # one tensor-parallel rank a process, with real all-reduces
+tp_across_nodes: bool = False               # sharded: the ranks of a group on as many nodes; False: side by side

@@ -433,7 +433,7 @@ def test_drifted_streams_are_dropped_by_the_masks_of_dense(block_type, layer, ki
     'source, masks',
     [('embedding', 1), ('attn.c_proj.bias', 1), ('mlp.c_proj.bias', 1), ('attention', 2), ('mlp', 1)],
 )
-def test_dropout_falls_on_all_that_enters_the_stream_and_on_attention(source, masks, block_type):
+def test_dropout_falls_on_all_that_enters_the_stream_and_on_attention(source, masks, block_type, monkeypatch):
     """Every parameter is 0 but those that make `source` add 1: the stream then shows the masks alone."""
     model = GPT(config([block_type], 2, bias=True, dropout=0.3))
     block, C, samples, streams = model.transformer.h[0], model.config.n_embd, 400, []

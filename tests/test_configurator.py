@@ -1,0 +1,234 @@
+"""
+configurator.py: what a run's config is made of, and the one line for whatever is wrong with it.
+
+    python -m pytest tests/test_configurator.py
+"""
+import math
+import time
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from configurator import DEFAULTS, LIMITS, RENAMED, ROOT, accepts, fail, load, read_defaults, read_file
+
+KEYS = read_defaults()
+TWELVE, CPU = 'config/train_gpt2_12comm.py', 'config/cpu.py'
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv('RANK', raising=False)
+
+
+def refusal(*argv):
+    """What load() ends the program with: one line, printed by Python on stderr with exit status 1."""
+    with pytest.raises(SystemExit) as stopped:
+        load(list(argv))
+    message = stopped.value.code
+    assert isinstance(message, str) and len(message.splitlines()) == 1 and message.startswith('error: ')
+    return message
+
+
+@pytest.fixture
+def write(tmp_path):
+    def config_file(text, name='mine.py'):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+    return config_file
+
+
+def test_defaults_then_files_in_order_then_flags(write):
+    first, second = write('seed = 2; n_head = 4; dropout = 0.2', 'a.py'), write('seed = 3; n_head = 6', 'b.py')
+    config = load(['--seed=5', first, '--seed=4', second])
+    assert (config.seed, config.n_head, config.dropout, config.n_embd) == (4, 6, 0.2, 768)
+    assert [config.sources[key] for key in ('seed', 'n_head', 'dropout', 'n_embd')] == [
+        '--seed=4', second, first, 'config/defaults.py']
+    assert vars(config).keys() == KEYS.keys()
+
+
+@pytest.mark.parametrize('argv, name', [
+    ([], 'gpt2-124M'),
+    ([CPU], 'gpt2-124M-cpu'),
+    ([TWELVE], 'gpt2-124M-12comm'),
+    ([TWELVE, CPU, '--seed=2'], 'gpt2-124M-12comm-cpu'),
+    ([TWELVE, CPU, 'mine.py'], 'gpt2-124M-12comm-cpu-mine'),
+    (['mine.py', TWELVE], 'gpt2-124M-12comm'),
+    ([TWELVE, CPU, '--wandb_run_name=other'], 'other'),
+])
+def test_the_name_and_the_folder_of_composed_files(write, tmp_path, argv, name):
+    mine = write('n_layer = 12')
+    argv = [mine if arg == 'mine.py' else arg for arg in argv]
+    config = load(argv)
+    assert (config.wandb_run_name, config.out_dir) == (name, f'out/{name}')
+    elsewhere = load([*argv, '--out_dir=elsewhere'])
+    assert (elsewhere.wandb_run_name, elsewhere.out_dir) == (name, 'elsewhere')
+
+
+@pytest.mark.parametrize('flag, value', [
+    ('learning_rate=1', 1.0),
+    ('min_lr=-(-1e-4/2)', 5e-5),
+    ('gradient_accumulation_steps=5*8', 40),
+    ('max_iters=20_000', 20000),
+    ('compile=False', False),
+    ('backend=gloo', 'gloo'),
+    ('backend=None', None),
+    ('out_dir=a=b=c', 'a=b=c'),
+    ('wandb_run_name=12', '12'),
+    ('wandb_project=None', 'None'),
+    ('dataset=5*8', '5*8'),
+    ('block_types=tp,spd,parallel', ['tp', 'spd', 'parallel'] * 4),
+    ('block_types=spd', ['spd'] * 12),
+    ("block_types=['tp', 'spd']*5 + ['parallel']*2", ['tp', 'spd'] * 5 + ['parallel'] * 2),
+    ('block_types=None', ['tp'] * 12),
+])
+def test_values_of_flags(flag, value):
+    found = getattr(load([f'--{flag}']), flag.partition('=')[0])
+    assert found == value and type(found) is type(value)
+
+
+def test_a_file_may_compute_and_import(write):
+    config = load([write('import math\n_n = 3\nn_layer = 2 * _n\nlearning_rate = 1\nblock_types = ("spd",) * n_layer')])
+    assert config.n_layer == 6 and config.block_types == ['spd'] * 6
+    assert type(config.learning_rate) is float
+
+
+def test_the_schedule_ends_with_the_run_unless_it_is_told_otherwise():
+    assert load(['--max_iters=20000']).lr_decay_iters == 20000
+    assert load(['--max_iters=20000', '--lr_decay_iters=600']).lr_decay_iters == 600
+
+
+def test_the_defaults_are_the_recipe():
+    config = load([])
+    assert config.batch_size * config.gradient_accumulation_steps * config.block_size == 491520
+    assert (config.learning_rate, config.min_lr, config.warmup_iters) == (6e-4, 6e-5, 2000)
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--n_layers=6'], ['--n_layers=6', 'n_layers', 'n_layer?']),
+    (['--zzz=6'], ['zzz', '--help']),
+    (['--eval_iters=200'], ['eval_iters', 'eval_tokens']),
+    (['--max_iters=1.5'], ['max_iters', '1.5', 'a whole number']),
+    (['--n_layer=True'], ['n_layer', 'True', 'a whole number']),
+    (['--n_layer=None'], ['n_layer', 'None', 'a whole number']),
+    (['--dropout=a lot'], ['dropout', "'a lot'", 'a number']),
+    (['--dropout=False'], ['dropout', 'False', 'a number']),
+    (['--compile=yes'], ['compile', "'yes'", 'True or False']),
+    (['--compile=1'], ['compile', '1', 'True or False']),
+    (['--dtype=fp8'], ['dtype', "'fp8'", 'float32, bfloat16, float16']),
+    (['--backend=mpi'], ['backend', "'mpi'", 'nccl, gloo', 'None']),
+    (['--init_from=gpt2'], ['init_from', "'gpt2'", 'scratch, resume']),
+    (['--block_types=5'], ['block_types', '5', 'a list']),
+    (['--block_types=tp,spd', '--n_layer=7'], ['block_types', 'tp,spd', '2', '7', '--n_layer=7']),
+    (['--batch_size=0'], ['batch_size', '0', 'at least 1']),
+    (['--beta2=1'], ['beta2', '1', 'below 1']),
+    (['--learning_rate=-1e-3'], ['learning_rate', '-0.001', 'above 0']),
+    (['--learning_rate=1e999'], ['learning_rate', 'inf']),
+    (['--grad_clip=1e999'], ['grad_clip', 'inf']),
+    (['--seed=99999999999999999999999'], ['seed', '99999999999999999999999']),
+    (['--min_lr=0.1'], ['min_lr', '0.1', 'learning_rate', '0.0006', 'config/defaults.py']),
+    (['--compile'], ['--compile', '--key=value']),
+    (['-seed=2'], ['-seed=2', '--key=value']),
+    (['seed=2'], ['seed=2', '--key=value']),
+    (['config/train_gpt2_12com.py'], ['config/train_gpt2_12com.py', 'config/train_gpt2_12comm.py?']),
+    (['--one\ntwo=3'], ['one two']),
+    (['one\ntwo'], ['one two']),
+])
+def test_a_mistake_in_a_flag_gets_one_line(argv, words):
+    message = refusal(*argv)
+    assert all(word in message for word in [*words, argv[0].replace('\n', ' ')])
+
+
+@pytest.mark.parametrize('text, words', [
+    ('n_layr = 6', ['n_layr', 'n_layer?']),
+    ('eval_iters = 200', ['eval_tokens']),
+    ('n_layer = "six"', ['n_layer', "'six'", 'a whole number']),
+    ('weight_decay = float("nan")', ['weight_decay', 'nan']),
+    ('n_layer = = 6', ['SyntaxError']),
+    ('n_layer = 6 / 0', ['ZeroDivisionError']),
+    ('n_layer = 6\n\0', ['null bytes']),
+    ('raise ValueError("one\\ntwo")', ['one two']),
+])
+def test_a_mistake_in_a_file_gets_one_line(write, text, words):
+    path = write(text)
+    message = refusal(CPU, path)
+    assert all(word in message for word in [*words, path])
+
+
+def test_a_file_that_is_not_text_gets_one_line(tmp_path):
+    (tmp_path / 'bytes.py').write_bytes(b'seed = 2 # \xff\xfe')
+    assert 'bytes.py' in refusal(str(tmp_path / 'bytes.py'))
+    (tmp_path / 'folder.py').mkdir()
+    assert 'folder.py' in refusal(str(tmp_path / 'folder.py'))
+
+
+def test_under_torchrun_only_the_first_process_speaks(monkeypatch, capsys):
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    for ddp_rank, code in (('0', 'error: what is wrong'), ('1', 1)):
+        monkeypatch.setenv('RANK', ddp_rank)
+        with pytest.raises(SystemExit) as stopped:
+            fail('what is wrong')
+        assert stopped.value.code == code
+    assert capsys.readouterr() == ('', '')
+
+
+TEXTS = st.one_of(
+    st.text(st.characters(codec='utf-8')),
+    st.integers().map(str), st.floats().map(str),
+    st.text('0123456789.-+*/_e()[], \'"tpsdNoneTrueFals', max_size=12),
+    st.recursive(st.integers() | st.floats() | st.text(max_size=3) | st.none() | st.booleans(),
+                 lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)).map(repr))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(sorted(KEYS)), text=TEXTS)
+@example('learning_rate', '1' + '0' * 400)
+@example('learning_rate', '1' + '0' * 5000)
+@example('block_types', "['tp'] * 99999999999999999999999")
+@example('block_types', "['tp'] * 99999999999")
+@example('max_iters', '-' * 20000 + '1')
+@example('max_iters', '(' * 300 + '1' + ')' * 300)
+@example('dataset', '\ud800')
+def test_any_text_is_taken_with_the_type_of_its_key_or_refused_in_one_line(key, text):
+    try:
+        value = getattr(load([f'--{key}={text}']), key)
+    except SystemExit as stopped:
+        message = stopped.code
+        assert message.startswith('error: ') and len(message.splitlines()) == 1
+        assert key in message and len(message) < 1000 + 2 * len(text)
+    else:
+        kind = list if key == 'block_types' else str if key == 'out_dir' else KEYS[key][1]
+        assert accepts(kind, value)
+        assert type(value) is not float or math.isfinite(value)
+        if isinstance(value, str) and key not in ('out_dir', 'wandb_run_name'):
+            assert value == text or value == text.strip().strip('\'"')
+
+
+def test_help_lists_every_key_with_its_default_and_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(['--n_layers=6', '--help'])
+    assert not stopped.value.code
+    lines = capsys.readouterr().out.splitlines()
+    for key, (default, _, comment) in KEYS.items():
+        assert len([line for line in lines if f'--{key}={default}' in line and comment and comment in line]) == 1
+
+
+def test_the_keys_are_those_that_users_know():
+    names = DEFAULTS.read_text().split()
+    assert not [key for key in KEYS if names.count(f'{key}:') != 1]
+    assert KEYS.keys() >= set(
+        'out_dir eval_interval log_interval eval_only always_save_checkpoint init_from wandb_log wandb_project '
+        'wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout '
+        'bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters '
+        'min_lr backend device dtype compile eval_tokens tp_size block_types seed'.split())
+
+
+def test_tables_name_only_keys_that_exist():
+    assert LIMITS.keys() <= KEYS.keys()
+    assert not RENAMED.keys() & KEYS.keys()
+    assert {hint.split(',')[0] for hint in RENAMED.values()} <= KEYS.keys()
+
+
+def test_cpu_py_leaves_what_the_runs_differ_in():
+    assert not read_file(CPU).keys() & {'n_layer', 'block_types', 'tp_size', 'seed', 'wandb_run_name', 'out_dir'}
