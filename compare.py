@@ -20,10 +20,10 @@ import statistics
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import combinations
 from pathlib import Path
 
-from configurator import HOUSEKEEPING, fail
+from configurator import HOUSEKEEPING, fail, pattern
 
 VARIED = {'seed', 'block_types', 'tp_size'}     # what the experiment varies; the rest is the recipe
 
@@ -196,13 +196,13 @@ class Row:
     @property
     def label(self):
         """A few words for a plot."""
-        words = f'{self.communications}: {shape(self.block_types)}, tp_size {self.tp_size}'
+        words = f'{self.communications}: {pattern(self.block_types)}, tp_size {self.tp_size}'
         return ('dense control' if self.dense else words) + self.note
 
     @property
     def title(self):
         """A few more, for a sentence."""
-        return f'{shape(self.block_types)} (tp_size {self.tp_size}{self.note})'
+        return f'{pattern(self.block_types)} (tp_size {self.tp_size}{self.note})'
 
 
 def group(runs):
@@ -297,16 +297,6 @@ def verdict(difference, floor):
 
 
 # the guide's questions, in words
-
-
-def shape(block_types):
-    """A block pattern in short form: 'spd x 12', '[tp, spd] x 6', 'spd x 6, tp x 6'."""
-    n = len(block_types)
-    period = next(p for p in range(1, n + 1) if n % p == 0 and block_types == block_types[:p] * (n // p))
-    if 1 < period < n:
-        return f'[{", ".join(block_types[:period])}] x {n // period}'
-    stretches = [(kind, len(list(stretch))) for kind, stretch in groupby(block_types)]
-    return ', '.join(f'{kind} x {length}' if length > 1 else kind for kind, length in stretches)
 
 
 def switches(row):
@@ -445,7 +435,7 @@ def cells(row):
     """A row as text, under HEADER."""
     difference = to_dense(row)
     return [row.name, str(row.communications), f'{row.all_reduces["forward"]}/{row.all_reduces["backward"]}',
-            'dense' if row.dense else shape(row.block_types), str(row.tp_size), str(len(row.runs)),
+            'dense' if row.dense else pattern(row.block_types), str(row.tp_size), str(len(row.runs)),
             f'{row.loss:.4f}', str(difference or ''), judge(difference, row.floor) if difference else '',
             f'{row.tokens_per_sec:,.0f}']
 
@@ -577,7 +567,7 @@ def plot_tradeoff(rows, path):
                             linewidth=1)
             if row not in curve:
                 ax.plot(x[id(row)], row.loss, linestyle='', markerfacecolor='white', zorder=3, **style)
-                ax.annotate(shape(row.block_types), (x[id(row)], row.loss), xytext=(6, 3), fontsize=7,
+                ax.annotate(pattern(row.block_types), (x[id(row)], row.loss), xytext=(6, 3), fontsize=7,
                             textcoords='offset points')
     mark_references(ax, rows)
     if observed:

@@ -32,8 +32,8 @@ from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
-from compare import find_runs, read_info, recipe, shape
-from configurator import HOUSEKEEPING, Config, differences, fail, load
+from compare import find_runs, read_info, recipe
+from configurator import HOUSEKEEPING, Config, differences, fail, load, pattern
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = [f'config/train_gpt2_{count}comm.py' for count in (24, 18, 16, 12, 8, 6, 2)]
@@ -77,7 +77,7 @@ def parse_grid(flags):
 
 def tag(key, value):
     """What a key given to the sweep adds to the name of a run."""
-    text = shape(value) if key == 'block_types' else str(value)
+    text = pattern(value) if key == 'block_types' else str(value)
     return SHORT.get(key, f'{key}=') + re.sub(r'[^\w.+-]+', '_', text).strip('_')
 
 

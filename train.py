@@ -137,6 +137,15 @@ def connect(config, place):
     return ranks, mesh.get_group('ddp') if place.ddp_size > 1 else None
 
 
+def missing_processes(place):
+    """Which processes do not answer, after those that live had a few seconds to say so in torchrun's store."""
+    address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    store.set(f'alive/{place.process}', '1')
+    time.sleep(3)
+    return [process for process in range(place.processes) if not store.check([f'alive/{process}'])]
+
+
 def agree(value, place):
     """The first process's value, on every process."""
     values = [value]
@@ -576,6 +585,16 @@ def main(argv):
     except torch.OutOfMemoryError:
         run.note_state('failed')
         sys.exit(f'error: out of GPU memory; {smaller_batches(config)} keeps the batch and takes less')
+    except RuntimeError as error:
+        run.note_state('failed')
+        if place.processes == 1 or not re.search('peer|timed out|connection|socket', str(error), re.IGNORECASE):
+            raise
+        gone = missing_processes(place)
+        if place.process == min(set(range(place.processes)) - set(gone)):
+            who = f'process {", ".join(map(str, gone))} of {place.processes}' if gone else 'a process that lives'
+            print(f'error: lost touch with {who} at step {run.now.iter}; --init_from=resume goes on from the last '
+                  f'checkpoint in {config.out_dir}', file=sys.stderr)
+        sys.exit(1)
     except BaseException:
         run.note_state('failed')
         raise

@@ -230,8 +230,8 @@ def test_placement_needs_the_same_blocks(tmp_path):
 @pytest.mark.parametrize('block_types, short', [
     (['spd'] * 12, 'spd x 12'), (['tp', 'spd', 'spd'] * 4, '[tp, spd, spd] x 4'),
     (['spd'] * 6 + ['tp'] * 6, 'spd x 6, tp x 6'), (['tp', 'spd', 'spd'], 'tp, spd x 2')])
-def test_shape(block_types, short):
-    assert compare.shape(block_types) == short
+def test_pattern(block_types, short):
+    assert compare.pattern(block_types) == short
 
 
 def test_start_imports_nothing_heavy():
