@@ -1,5 +1,6 @@
 """
-What a run keeps in its folder so that nothing is lost: files that are whole or absent, the lock, the checkpoints.
+What a run keeps in its folder so that nothing is lost: files that are whole or absent, the lock, the
+checkpoints.
 
     ckpt.pt         the latest;  ckpt-previous.pt  the one before it;  ckpt-best.pt  the best validation loss
     run.json        what the run is and how it stands
@@ -26,7 +27,9 @@ def write_json(path, value):
 
 
 def read_run(path):
-    """run.json's object, or None where there is no file. Raises ValueError, in one line, for a damaged one."""
+    """
+    run.json's object, or None where there is no file. Raises ValueError, in one line, for a damaged one.
+    """
     try:
         info = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
@@ -53,8 +56,12 @@ def exists(out_dir):
 
 
 def save(out_dir, state, best):
-    """Writes ckpt.pt, keeping the one before as ckpt-previous.pt, and ckpt-best.pt where this is the best so far."""
-    latest, new, previous, kept = (Path(out_dir) / f'ckpt{name}.pt' for name in ('', '-new', '-previous', '-best'))
+    """
+    Writes ckpt.pt, keeping the one before as ckpt-previous.pt, and ckpt-best.pt where this is the best so
+    far.
+    """
+    names = ('', '-new', '-previous', '-best')
+    latest, new, previous, kept = (Path(out_dir) / f'ckpt{name}.pt' for name in names)
     with atomic_write(new) as file:
         torch.save(state, file)
     if best:                            # a second name of the same file, which takes no room of its own
@@ -75,7 +82,7 @@ def load(path):
         saved = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:          # a damaged file fails in the unpickler, the zip reader or a tensor's storage
+    except Exception as error:          # it fails in the unpickler, the zip reader or a tensor's storage
         raise ValueError(f'{path} is damaged: {type(error).__name__}') from error
     if not isinstance(saved, dict) or not KEYS <= saved.keys():
         raise ValueError(f'{path} is not a checkpoint that train.py wrote')
@@ -83,7 +90,10 @@ def load(path):
 
 
 def load_latest(out_dir, warn):
-    """(path, checkpoint) of ckpt.pt, or of the one before where ckpt.pt is missing or damaged; warn(line) says so."""
+    """
+    (path, checkpoint) of ckpt.pt, or of the one before where ckpt.pt is missing or damaged; warn(line) says
+    so.
+    """
     for name in LATEST:
         path = Path(out_dir) / name
         try:

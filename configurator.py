@@ -3,8 +3,8 @@ A run's configuration: config/defaults.py, then config files in order, then --ke
 
     python train.py config/train_gpt2_12comm.py config/cpu.py --seed=2 --block_types=tp,spd,spd
 
-Config files are plain Python assignments. Every key, type and value is checked, and what is wrong is refused in one line
-that says the value, where it came from, and what would be right.
+Config files are plain Python assignments. Every key, type and value is checked, and what is wrong is refused
+in one line that says the value, where it came from, and what would be right.
 """
 
 import ast
@@ -37,7 +37,9 @@ RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows
 
 
 def fail(message):
-    """Ends the program with one line on stderr and exit status 1. Under torchrun the first process alone prints."""
+    """
+    Ends the program with one line on stderr and exit status 1. Under torchrun the first process alone prints.
+    """
     if int(os.environ.get('RANK', 0)) > 0:
         time.sleep(5)                   # torchrun kills all once one has gone: let the first process speak
         sys.exit(1)
@@ -45,13 +47,17 @@ def fail(message):
 
 
 class Config(SimpleNamespace):
-    """A run's keys as attributes; `vars(config)` is the keys and nothing else. `sources` says where each came from."""
+    """
+    A run's keys as attributes; `vars(config)` is the keys and nothing else. `sources` says where each came
+    from.
+    """
     __slots__ = ('sources',)
 
     def refuse(self, message):
         """fail(), after adding where the keys that the message names came from."""
         named = [key for key in vars(self) if re.search(rf'\b{key}\b', message)]
-        fail(f'{message} ({", ".join(f"{key} from {self.sources[key]}" for key in named)})' if named else message)
+        origins = ', '.join(f'{key} from {self.sources[key]}' for key in named)
+        fail(f'{message} ({origins})' if named else message)
 
 
 def read_defaults():
@@ -114,11 +120,15 @@ def check(key, value, source, keys):
 
 
 def read_file(path):
-    """The assignments of a config file, as a dict. Names with a leading underscore and imports are its own affair."""
+    """
+    The assignments of a config file, as a dict. Names with a leading underscore and imports are its own
+    affair.
+    """
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        close = difflib.get_close_matches(str(path), [f'config/{p.name}' for p in DEFAULTS.parent.glob('*.py')], n=1)
+        known = [f'config/{p.name}' for p in DEFAULTS.parent.glob('*.py')]
+        close = difflib.get_close_matches(str(path), known, n=1)
         fail(f'{path}: not a readable config file ({getattr(error, "strerror", None) or error})'
              + (f'; {close[0]}?' if close else ''))
     namespace = {}
@@ -131,7 +141,9 @@ def read_file(path):
 
 
 def parse_value(text, kind):
-    """A flag's value: text where the key takes text, else literals and their arithmetic: 5*8, ['tp','spd']*6."""
+    """
+    A flag's value: text where the key takes text, else literals and their arithmetic: 5*8, ['tp','spd']*6.
+    """
     if str in alternatives(kind):
         return None if text == 'None' and kind is not str else text
     allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.Load,
@@ -161,7 +173,9 @@ def show_help(keys):
 
 
 def communications(block_types, tp_size):
-    """The guide's count: 2 per TP layer, 1 per SPD layer, 2 for the model's boundaries once a layer is Parallel."""
+    """
+    The guide's count: 2 per TP layer, 1 per SPD layer, 2 for the model's boundaries once a layer is Parallel.
+    """
     if tp_size == 1:
         return 0
     return 2 * block_types.count('tp') + block_types.count('spd') + 2 * ('parallel' in block_types)
@@ -178,8 +192,10 @@ def pattern(block_types):
 
 
 # what may differ between two calls of one run, or between two runs that are compared: not the recipe
-HOUSEKEEPING = {'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
-                'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard', 'tp_across_nodes'}
+HOUSEKEEPING = {
+    'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
+    'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard', 'tp_across_nodes',
+}
 
 
 def differences(theirs, ours):
@@ -189,7 +205,9 @@ def differences(theirs, ours):
 
 
 def resolve(config, stems):
-    """Fills in what follows from other keys: the layers' block types, the schedule's end, the run's folder."""
+    """
+    Fills in what follows from other keys: the layers' block types, the schedule's end, the run's folder.
+    """
     if isinstance(config.block_types, str):
         names = [name.strip() for name in config.block_types.split(',')]
         if config.n_layer % len(names):
@@ -211,8 +229,9 @@ def load(argv):
     """
     argv, as in sys.argv[1:] -> Config. What is wrong in it ends the program with one line and exit status 1.
 
-    The run is called what the last wandb_run_name says, then the names of the config files after the one that set it, so
-    that `train_gpt2_12comm.py cpu.py` is gpt2-124M-12comm-cpu and a toy never shares a folder with a full run.
+    The run is called what the last wandb_run_name says, then the names of the config files after the one that
+    set it, so that `train_gpt2_12comm.py cpu.py` is gpt2-124M-12comm-cpu and a toy never shares a folder with
+    a full run.
     """
     keys = read_defaults()
     if '--help' in argv or '-h' in argv:

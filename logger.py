@@ -1,5 +1,6 @@
 """
-What a run says while it runs: metrics.jsonl always, plain lines or a progress bar on the terminal, W&B where wanted.
+What a run says while it runs: metrics.jsonl always, plain lines or a progress bar on the terminal, W&B where
+wanted.
 """
 
 import json
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# of run.json, beside the config: what dashboards filter and plot by
+TRACKED = {'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus'}
 CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}   # W&B's names, where they are not ours
 
 
@@ -17,14 +20,15 @@ class Log:
     """
     The first process's log; the others' is silent.
 
-    info: run.json's contents. kept: the bytes of an earlier metrics.jsonl that still hold; what a run wrote after its
-    last checkpoint it will write again. wandb_id: of the W&B run to go on with, if any.
+    info: run.json's contents. kept: the bytes of an earlier metrics.jsonl that still hold; what a run wrote
+    after its last checkpoint it will write again. wandb_id: of the W&B run to go on with, if any.
     """
 
     def __init__(self, config, first, info, start, kept, wandb_id):
         self.first, self.wandb = first, None
         if first:
-            self.bar = tqdm(total=config.max_iters, initial=start, unit='step', disable=not sys.stderr.isatty())
+            self.bar = tqdm(total=config.max_iters, initial=start, unit='step',
+                            disable=not sys.stderr.isatty())
             self.metrics = self.open_metrics(Path(config.out_dir) / 'metrics.jsonl', kept)
             if config.wandb_log:
                 self.start_wandb(config, info, wandb_id)
@@ -35,7 +39,7 @@ class Log:
         found = path.read_bytes()[:kept]
         if len(found) < kept:           # somebody cut it: what is left of it ends with a whole line
             found = found[:found.rfind(b'\n') + 1]
-            self.say(f'warning: {path} is shorter than at the last checkpoint; its lines from there on are gone')
+            self.say(f'warning: {path} is shorter than at the last checkpoint; some lines are lost')
         metrics = open(path, 'r+b')
         metrics.truncate(len(found))
         metrics.seek(len(found))
@@ -44,7 +48,7 @@ class Log:
     def say(self, words):
         """One line for people."""
         if self.first:
-            self.bar.write(words, file=sys.stdout)
+            self.bar.write(' '.join(words.split()), file=sys.stdout)
             sys.stdout.flush()
 
     def write(self, **line):
@@ -56,7 +60,8 @@ class Log:
         self.metrics.write(json.dumps(line).encode() + b'\n')
         self.metrics.flush()
         if self.wandb:
-            self.guard_wandb(lambda: self.wandb.log({CHARTS.get(key, key): value for key, value in line.items()}))
+            charts = {CHARTS.get(key, key): value for key, value in line.items()}
+            self.guard_wandb(lambda: self.wandb.log(charts))
 
     def flush(self):
         """Puts the metrics on the disk. Returns their size in bytes."""
@@ -79,7 +84,9 @@ class Log:
                 self.guard_wandb(lambda: self.wandb.finish(exit_code))
 
     def start_wandb(self, config, info, wandb_id):
-        """Opens the W&B run, or goes on with the one of that id. Without a key it runs offline and never asks."""
+        """
+        Opens the W&B run, or goes on with the one of that id. Without a key it runs offline and never asks.
+        """
         os.environ.setdefault('WANDB_SILENT', 'true')
         try:
             import wandb
@@ -88,19 +95,18 @@ class Log:
                 mode = 'offline'
                 self.say('warning: W&B has no key here and runs offline; after `wandb login`, '
                          f'`wandb sync {config.out_dir}/wandb/offline-run-*` uploads what it kept')
-            tracked = dict(info['config'], **{key: info[key] for key in (
-                'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus')},
-                all_reduces_forward=info['all_reduces']['forward'],
-                all_reduces_backward=info['all_reduces']['backward'])
-            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=tracked,
-                                    dir=config.out_dir, mode=mode, id=wandb_id, resume='allow', group=info['corpus']['name'],
-                                    job_type='train')
+            reduced = {f'all_reduces_{way}': count for way, count in info['all_reduces'].items()}
+            tracked = {key: value for key, value in info.items() if key in TRACKED} | info['config'] | reduced
+            self.wandb = wandb.init(
+                project=config.wandb_project, name=config.wandb_run_name, config=tracked, dir=config.out_dir,
+                mode=mode, id=wandb_id, resume='allow', group=info['corpus']['name'], job_type='train')
             self.wandb.define_metric('iter')
-            # W&B drops what comes at a lower step of its own than it has seen; plotted against iter, nothing is lost
+            # W&B drops what comes at a lower step of its own than it has seen; plotted against iter, nothing
+            # is lost
             self.wandb.define_metric('*', step_metric='iter')
             self.wandb.define_metric('val/loss', step_metric='iter', summary='min,last')
         except Exception as error:
-            self.say(f'warning: W&B is off for this run: {type(error).__name__}: {str(error).splitlines()[0]}')
+            self.say(f'warning: W&B is off for this run, {type(error).__name__}: {error}')
             self.wandb = None
 
     def guard_wandb(self, call):
@@ -108,5 +114,5 @@ class Log:
         try:
             call()
         except Exception as error:
-            self.say(f'warning: W&B failed and is off from here on: {type(error).__name__}: {error}')
+            self.say(f'warning: W&B failed and is off from here on, {type(error).__name__}: {error}')
             self.wandb = None

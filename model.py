@@ -5,9 +5,10 @@ GPT-2 under tensor parallelism, with a choice per layer of when the ranks sync.
     logits, _ = model(idx)              # idx (B, T) -> logits (B, T, V)
     _, loss = model(idx, targets)       # targets (B, T), -1 is ignored
 
-The parameters are dense GPT-2's, in name and shape, whatever block_types and tp_size say. A rank's shard is a
-view: its heads' rows of q, of k and of v, its rows of c_fc, its columns of each c_proj. A process hosts L of the R
-ranks: all of them when it simulates, so that the loss is the sharded network's, without its network.
+The parameters are dense GPT-2's, in name and shape, whatever block_types and tp_size say. A rank's shard is
+a view: its heads' rows of q, of k and of v, its rows of c_fc, its columns of each c_proj. A process hosts L
+of the R ranks. It simulates when it hosts all of them: the loss is the sharded network's, without its
+network. Sharded it hosts one, and holds its slices under the same names.
 
 Shapes      B batch, T sequence, C n_embd, H n_head, V vocab_size, R tp_size, L hosted ranks,
             D one rank's features of a sublayer: C/R in attention, 4C/R in the MLP
@@ -39,11 +40,16 @@ class Ranks(NamedTuple):
     size: int                           # R
     local: int                          # L
     first: int = 0                      # the lowest hosted one
-    group: dist.ProcessGroup | None = None      # the processes that host the others; None where there are none
+    group: dist.ProcessGroup | None = None      # the processes among which they are spread; None: simulated
 
     @property
     def processes(self):
         return self.size // self.local
+
+    @property
+    def index(self):
+        """Of this process among them."""
+        return self.first // self.local
 
 
 class AllReduces:
@@ -106,7 +112,9 @@ class GOp(torch.autograd.Function):
 
 
 def traced_away(ranks):
-    """Simulated and compiled, f_op and g_op are the identity and carry no counter. With one rank they always are."""
+    """
+    Compiled and simulated, f_op and g_op are the identity, without a counter. With one rank they always are.
+    """
     return ranks.size == 1 or (ranks.group is None and torch.compiler.is_compiling())
 
 
@@ -133,8 +141,9 @@ class Share(torch.autograd.Function):
 
 def enter(p, ranks):
     """
-    What a replicated parameter p gives to the common stream. Every process computes the whole gradient of that and keeps
-    its share, so that one sum over processes is right for it and for the gradients of what a rank alone has read.
+    What a replicated parameter p gives to the common stream. Every process computes its whole gradient, of
+    which it keeps its share, so that one sum over processes is right for these and for what a rank alone has
+    read.
     """
     return p if p is None or ranks.group is None else Share.apply(p, ranks.processes)
 
@@ -150,7 +159,9 @@ class ColumnParallel(nn.Linear):
         self.ranks, self.parts = ranks, parts
 
     def forward(self, u):
-        """u (B, T, C) common -> parts x (B, T, L*D), ranks side by side; (L, B, T, C) drifted -> (L, B, T, D)"""
+        """
+        u common (B, T, C) -> parts x (B, T, L*D), ranks side by side; drifted (L, B, T, C) -> (L, B, T, D)
+        """
         if u.dim() == 3:
             return super().forward(u).chunk(self.parts, dim=-1)
         weights = self.weight.view(self.parts, self.ranks.local, -1, self.in_features)  # (parts, L, D, C)
@@ -162,7 +173,9 @@ class ColumnParallel(nn.Linear):
 
 
 class RowParallel(nn.Linear):
-    """Input features sharded, D a rank. The product waits in a Partial until it is known if a sync follows."""
+    """
+    Input features sharded, D a rank. The product waits in a Partial until it is known if a sync follows.
+    """
 
     def __init__(self, in_features, out_features, config, ranks):
         super().__init__(in_features // ranks.processes, out_features, bias=config.bias)
@@ -179,7 +192,7 @@ class RowParallel(nn.Linear):
 class Partial(NamedTuple):
     """What a sublayer adds to the stream: P_r = W_r y_r of each rank, kept apart or summed, and a bias."""
     y: torch.Tensor                     # (B, T, L*D), the ranks side by side, or (L, B, T, D)
-    mask: torch.Tensor | None           # dropout (B, T, C), the same for every rank's partial and for the bias
+    mask: torch.Tensor | None           # dropout (B, T, C), one for every rank's partial and for the bias
     proj: RowParallel
 
     def each(self):
@@ -217,12 +230,13 @@ class Stream(NamedTuple):
     """
     The residual stream. Rank r reads u_r = c + d_r.
 
-    A stretch runs from one sync point to the next. The ranks read x = f_op(c), made once at its start; c itself is
-    the skip path. So a stretch has one all-reduce forward, in the sync that ends it, and one backward, in its f_op.
+    A stretch runs from one sync point to the next. The ranks read x = f_op(c), made once at its start; c
+    itself is the skip path. So a stretch has one all-reduce forward, in the sync that ends it, and one
+    backward, in its f_op.
     """
     c: torch.Tensor                     # common (B, T, C)
     x: torch.Tensor                     # common (B, T, C), c as the ranks read it
-    d: torch.Tensor | None              # drifted (L, B, T, C), what each rank alone has added; None: nothing yet
+    d: torch.Tensor | None              # drifted (L, B, T, C), what each rank alone has added; None: nothing
     ranks: Ranks
 
     @classmethod
@@ -272,15 +286,15 @@ class CausalSelfAttention(nn.Module):
         """Causal softmax attention, scale 1/sqrt(hd). q, k, v and the result (N, h, T, hd)"""
         if not (self.training and self.dropout > 0):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        # fused kernels draw masks of their own; these are drawn by head index, so that no tp_size changes them
+        # fused kernels draw masks of their own; these are drawn by head, so that no tp_size changes them
         N, h, T, hd = q.shape
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)                                # (N, h, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
         hosted = self.n_head // self.ranks.processes
         B = N * h // hosted
-        mask = dropout_mask((B, self.n_head, T, T), self.dropout, q).split(hosted, dim=1)
-        mask = mask[self.ranks.first // self.ranks.local].view(B, N // B, h, T, T).transpose(0, 1).reshape(N, h, T, T)
+        mask = dropout_mask((B, self.n_head, T, T), self.dropout, q).split(hosted, dim=1)[self.ranks.index]
+        mask = mask.view(B, N // B, h, T, T).transpose(0, 1).reshape(N, h, T, T)
         return (weights * mask.to(v.dtype)) @ v
 
 
@@ -361,7 +375,7 @@ class GPTConfig:
             raise ValueError(f'tp_size is {self.tp_size}, it must divide n_head, {self.n_head}')
         for i, name in enumerate(self.block_types):
             if not isinstance(name, str) or name not in BLOCKS:
-                raise ValueError(f'block_types has {name!r} at layer {i}, it must be one of {", ".join(BLOCKS)}')
+                raise ValueError(f'block_types has {name!r} at layer {i}, not one of {", ".join(BLOCKS)}')
         if len(self.block_types) != self.n_layer:
             raise ValueError(f'block_types has {len(self.block_types)} entries, n_layer is {self.n_layer}')
 
@@ -370,7 +384,10 @@ class GPTConfig:
 
 
 def sharding(name):
-    """(dim, parts) of a parameter that is sharded: along dim, each of its stacked parts apart. None if replicated."""
+    """
+    (dim, parts) of a sharded parameter: along dim, each of its stacked parts apart. None for a replicated
+    one.
+    """
     if 'c_attn' in name:
         return 0, 3
     if 'c_fc' in name:
@@ -384,7 +401,7 @@ def take_shard(name, full, ranks):
         return full
     dim, parts = sharding(name)
     by_process = full.unflatten(dim, (parts, ranks.processes, -1))
-    return by_process.select(dim + 1, ranks.first // ranks.local).flatten(dim, dim + 1)
+    return by_process.select(dim + 1, ranks.index).flatten(dim, dim + 1)
 
 
 def join_shards(name, shard, ranks):
@@ -399,12 +416,13 @@ def join_shards(name, shard, ranks):
 
 def parallel_cross_entropy(x, weight, targets, ranks):
     """
-    Cross-entropy with the vocabulary sharded by rows (Megatron-LM, section 3): no process sees another's logits.
+    Cross-entropy with the vocabulary sharded (Megatron-LM, section 3): no process sees another's logits.
 
-    x common (N, C), weight (V, C) of which this process reads its rows, targets (N,) -> the mean over targets not -1
+    x common (N, C), weight (V, C) of which this process reads its rows, targets (N,) -> the mean over those
+    not -1
     """
-    rows = torch.arange(weight.size(0), device=x.device).tensor_split(ranks.processes)[ranks.first // ranks.local]
-    low, high = rows[0].item(), rows[-1].item() + 1
+    V, n = weight.size(0), ranks.processes
+    low, high = V * ranks.index // n, V * (ranks.index + 1) // n
     logits = F.linear(f_op(x, ranks, in_stream=False), weight[low:high])                # (N, V/R)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = logits.detach().amax(-1)                                                  # (N,)
@@ -419,7 +437,7 @@ def parallel_cross_entropy(x, weight, targets, ranks):
 
 class GPT(nn.Module):
     def __init__(self, config, ranks=None):
-        """ranks: those that this process hosts, where it is one of a tensor-parallel group; None hosts all."""
+        """ranks: those that this process hosts; None for all of them."""
         super().__init__()
         self.config = config
         self.ranks = ranks or Ranks(config.tp_size, config.tp_size)
@@ -453,8 +471,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """
-        idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, loss): the mean cross-entropy, nats a
-        token, over the targets that are not -1.
+        idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, loss): the mean cross-entropy,
+        in nats a token, over the targets that are not -1.
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f'{T} tokens, block_size is {self.config.block_size}'
@@ -511,7 +529,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), each token sampled given the block_size before it at most."""
+        """
+        idx (B, T) -> (B, T + max_new_tokens), each sampled given at most the block_size tokens before it.
+        """
         training = self.training
         self.eval()
         for _ in range(max_new_tokens):
@@ -536,8 +556,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """
-        Forward and backward, by PaLM's count (arXiv 2204.02311, appendix B): 6 for a weight of every matmul, and
-        12 n_layer n_embd T for attention, as if it were not causal. Every block type does the same work.
+        Forward and backward, by PaLM's count (arXiv 2204.02311, appendix B): 6 for a weight of every matmul,
+        and 12 n_layer n_embd T for attention, as if it were not causal. Every block type does the same work.
         """
         matmul_weights = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * matmul_weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size

@@ -15,29 +15,34 @@ from pathlib import Path
 import torch
 
 import checkpoint
+from configurator import fail
 from corpus import load_tokenizer
 from model import GPT, GPTConfig
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--out_dir', required=True, help="the run's folder")
     parser.add_argument('--checkpoint', default='ckpt.pt', help='a file in it: ckpt.pt, ckpt-best.pt')
     parser.add_argument('--start', default='\n', help='the text to go on from, or FILE:path')
     parser.add_argument('--num_samples', type=int, default=3)
     parser.add_argument('--max_new_tokens', type=int, default=300)
-    parser.add_argument('--temperature', type=float, default=0.8, help='below 1 is more cautious, above 1 wilder')
+    parser.add_argument('--temperature', type=float, default=0.8, help='below 1 is more cautious')
     parser.add_argument('--top_k', type=int, default=200, help='only the k likeliest tokens; 0 for all')
     parser.add_argument('--seed', type=int, default=1337)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options = parser.parse_args(argv)
     if options.temperature <= 0 or options.num_samples < 1 or options.max_new_tokens < 1 or options.top_k < 0:
-        sys.exit('error: temperature must be above 0, num_samples and max_new_tokens at least 1, top_k at least 0')
+        fail('temperature must be above 0, num_samples and max_new_tokens at least 1, top_k at least 0')
     return options
 
 
 def load_model(path, device):
-    """(model, meta): a checkpoint's network and the meta.json of its corpus. Raises ValueError where it has none."""
+    """
+    (model, meta): a checkpoint's network and the meta.json of its corpus. Raises ValueError where it has
+    none.
+    """
     saved = checkpoint.load(path)
     config = dict(saved['config'], vocab_size=saved['vocab_size'])
     model = GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)}))
@@ -55,12 +60,13 @@ def main(argv):
             start = Path(start.removeprefix('FILE:')).read_text()
         prompt = tokenizer.encode(start)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f'error: {error}')
+        fail(str(error))
     if not prompt:
-        sys.exit('error: --start is empty; the model needs a token to go on from')
+        fail('--start is empty; the model needs a token to go on from')
     torch.manual_seed(options.seed)
     idx = torch.tensor([prompt] * options.num_samples, device=options.device)               # (B, T)
-    for tokens in model.generate(idx, options.max_new_tokens, options.temperature, options.top_k or None).tolist():
+    idx = model.generate(idx, options.max_new_tokens, options.temperature, options.top_k or None)
+    for tokens in idx.tolist():
         # the model's vocabulary is rounded up: what lies beyond the tokenizer's has no text
         print(tokenizer.decode([token for token in tokens if token < meta['vocab_size']]))
         print('---------------')

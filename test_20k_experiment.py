@@ -1,7 +1,7 @@
 """
 The pre-flight: do the experiment's configs load, have the size they should, and run?
 
-    python test_20k_experiment.py           # the eight configs of the experiment, at full size, in about a minute
+    python test_20k_experiment.py           # the experiment's eight configs, at full size, in about a minute
     python -m pytest test_20k_experiment.py
 
 Needs no data, no tokenizer, no network, no GPU. Exit status 0 if every check passes.
@@ -32,7 +32,10 @@ def model_of(config):
 
 @cache
 def observe(path):
-    """(config, parameters, loss at init in nats a token, AllReduces) of one pass over two windows of random tokens."""
+    """
+    (config, parameters, loss at init in nats a token, AllReduces) of one pass over two windows of random
+    tokens.
+    """
     config = load([str(ROOT / path)])
     model = model_of(config)
     tokens = torch.randint(VOCAB_SIZE, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -47,7 +50,7 @@ def check_loads(path):
     config, *_ = observe(path)
     count = communications(config.block_types, config.tp_size)
     name = 'gpt2-124M' + (f'-{count}comm' if count else '')
-    assert config.wandb_run_name == name, f'{path} has {count} communications and is called {config.wandb_run_name}'
+    assert config.wandb_run_name == name, f'{path} has {count} communications, but is {config.wandb_run_name}'
     assert config.wandb_log and config.wandb_project == 'owt'
 
 
@@ -59,7 +62,10 @@ def check_size(path):
 
 
 def check_runs(path):
-    """A pass works: it knows nothing yet, so its loss is about ln(vocab); as many all-reduces backward as forward."""
+    """
+    A pass works: it knows nothing yet, so its loss is about ln(vocab); as many all-reduces backward as
+    forward.
+    """
     _, _, loss, observed = observe(path)
     assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'{path} starts at loss {loss:.3f}'
     assert observed.forward == observed.backward
@@ -107,7 +113,8 @@ def main():
         print(f'{path:34} {kinds:28} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
               f'{parameters:12,} {f"{loss:.3f} / {chance}":>25}', flush=True)
     print('\ncomms is the guide\'s count; all-reduces are those observed in a pass, forward + backward\n')
-    failures = {words: [line for path in RUNS if (line := failure(check, path))] for words, check in CHECKS.items()}
+    failures = {words: [line for path in RUNS if (line := failure(check, path))]
+                for words, check in CHECKS.items()}
     for words, lines in failures.items():
         print('FAIL' if lines else 'PASS', words, *lines, sep='\n     ' if lines else '  ')
     sys.exit(any(failures.values()))

@@ -3,10 +3,11 @@ Trains one run of the experiment, in one process or over several data-parallel o
 
     python train.py config/train_gpt2_12comm.py config/cpu.py
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_12comm.py --max_iters=20000
-    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train.py ...
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train.py
+    ...
 
-`python train.py --help` lists every key. The run's folder gets metrics.jsonl, run.json and checkpoints; the batches of a
-step follow from (seed, step) alone, so that runs differ in nothing but what their configs say.
+`python train.py --help` lists every key. The run's folder gets metrics.jsonl, run.json and checkpoints; the
+batches of a step follow from (seed, step) alone, so that runs differ in nothing but what their configs say.
 """
 
 import contextlib
@@ -43,10 +44,13 @@ ROOT = Path(__file__).resolve().parent
 
 signals = []                            # those received that ask the run to save and leave
 
-# dense bf16 and fp16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's counts
-PEAK_FLOPS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H20': 148e12, 'B200': 2250e12, 'A100': 312e12,
-              'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12,
-              'RTX 3090': 71e12}
+# dense bf16 and fp16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's
+# counts
+PEAK_FLOPS = {
+    'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H20': 148e12, 'B200': 2250e12, 'A100': 312e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12,
+    'RTX 3090': 71e12,
+}
 
 
 def peak_flops(device, dtype):
@@ -95,14 +99,14 @@ def tensor_parallel_groups(config, processes):
         return [[process] for process in range(processes)]
     size = config.tp_size
     if processes % size:
-        config.refuse(f'shard is True, which takes a multiple of tp_size, {size}, processes; there are {processes}')
+        config.refuse(f'shard is True, which takes a multiple of tp_size, {size}, processes, not {processes}')
     if config.dtype == 'float16':
         config.refuse('dtype is float16, whose loss scale is not for shard; use bfloat16')
     if not config.tp_across_nodes:
         return torch.arange(processes).view(-1, size).tolist()
     nodes = int(os.environ.get('GROUP_WORLD_SIZE', 1))
     if nodes % size:
-        config.refuse(f'tp_across_nodes is True, which takes a multiple of tp_size, {size}, nodes; there are {nodes}')
+        config.refuse(f'tp_across_nodes is True, which needs a multiple of tp_size, {size}, nodes')
     return torch.arange(processes).view(nodes // size, size, -1).transpose(1, 2).reshape(-1, size).tolist()
 
 
@@ -126,19 +130,25 @@ def find_place(config):
 
 
 def connect(config, place):
-    """Joins the processes. Returns (ranks, ddp_group): the tp ranks that this one hosts, None for all of them, and its
-    data-parallel peers, None where it has none."""
+    """
+    Joins the processes. Returns (ranks, ddp_group): the tensor-parallel ranks that this one hosts, None for
+    all of them, and the processes that it averages gradients with, None for none.
+    """
     if place.processes == 1:
         return None, None
     backend = config.backend or ('nccl' if place.device.type == 'cuda' else 'gloo')
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     mesh = DeviceMesh(place.device.type, torch.tensor(place.groups), mesh_dim_names=('ddp', 'tp'))
-    ranks = Ranks(config.tp_size, 1, place.tp_rank, mesh.get_group('tp')) if len(place.groups[0]) > 1 else None
+    ranks = None
+    if len(place.groups[0]) > 1:
+        ranks = Ranks(config.tp_size, local=1, first=place.tp_rank, group=mesh.get_group('tp'))
     return ranks, mesh.get_group('ddp') if place.ddp_size > 1 else None
 
 
 def missing_processes(place):
-    """Which processes do not answer, after those that live had a few seconds to say so in torchrun's store."""
+    """
+    Which processes do not answer, after those that live had a few seconds to say so in torchrun's store.
+    """
     address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     store.set(f'alive/{place.process}', '1')
@@ -166,10 +176,11 @@ def total(values, place):
 
 def claim(config):
     """
-    Locks out_dir for this run; what is there is never overwritten but for the lines of a run without a checkpoint.
+    Locks out_dir for this run; what is there is never overwritten but for the lines of a run without a
+    checkpoint.
 
-    Returns the result, in words, of a run that is finished already, else None. Raises ValueError where out_dir is not
-    this run's to write.
+    Returns the result, in words, of a run that is finished already, else None. Raises ValueError where
+    out_dir is not this run's to write.
     """
     out_dir, resume = config.out_dir, config.init_from == 'resume'
     try:
@@ -180,14 +191,14 @@ def claim(config):
     info, saved = checkpoint.read_run(f'{out_dir}/run.json'), checkpoint.exists(out_dir)
     changed = differences(info['config'], vars(config)) if info else {}
     if info and info['state'] == 'finished' and not changed:
-        return f'{info["name"]} is finished: val loss {info["val_loss"]:.4f} at step {info["iter"]} ({out_dir})'
+        return f'{info["name"]} is finished: val loss {info["val_loss"]:.4f}, step {info["iter"]} ({out_dir})'
     if resume and not saved:
         raise ValueError(f'init_from is resume, but {out_dir} has no checkpoint')
     if changed and not resume:
         words = ', '.join(f'{key} is {theirs} there, {ours} here' for key, (theirs, ours) in changed.items())
-        raise ValueError(f'out_dir is {out_dir}, which holds another run ({words}); give this one an --out_dir')
+        raise ValueError(f'out_dir is {out_dir}, which holds another run ({words}); choose another --out_dir')
     if saved and not resume:
-        raise ValueError(f'out_dir is {out_dir}, which holds this run unfinished; --init_from=resume continues it')
+        raise ValueError(f'out_dir is {out_dir}, which holds this run unfinished; --init_from=resume goes on')
 
 
 def claim_together(config, place):
@@ -208,7 +219,8 @@ def git_commit():
     """Of the code that runs, or None where there is no git or no repository."""
     if shutil.which('git') is None:
         return None
-    git = subprocess.run(['git', 'rev-parse', '--verify', '-q', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    command = ['git', 'rev-parse', '--verify', '-q', 'HEAD']
+    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return git.stdout.strip() or None
 
 
@@ -231,7 +243,8 @@ def describe(config, corpus, model, observed, place):
 
 def model_config_of(config, vocab_size):
     """The GPTConfig that a run's config describes. Raises ValueError as it does."""
-    shape = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if field.name != 'vocab_size'}
+    known = {field.name for field in fields(GPTConfig)}
+    shape = {key: value for key, value in vars(config).items() if key in known}
     return GPTConfig(vocab_size=vocab_size, **shape)
 
 
@@ -250,7 +263,10 @@ def autocast(config, place):
 
 
 def compiled(model, micro_batch, config, place, say):
-    """The model under torch.compile, tried on an empty micro-batch; where that fails, the model itself and a line why."""
+    """
+    The model under torch.compile, tried on an empty micro-batch; where that fails, the model itself and a
+    line why.
+    """
     try:
         fast, reason = torch.compile(model), None
         idx = torch.zeros(micro_batch, config.block_size, dtype=torch.long, device=place.device)
@@ -259,7 +275,7 @@ def compiled(model, micro_batch, config, place, say):
         loss.backward()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:          # the compiler fails in many ways, and eager training needs none of them
+    except Exception as error:          # compilers fail in many ways, and eager training needs none of them
         reason = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
     model.zero_grad(set_to_none=True)
     failures = total(torch.tensor(float(reason is not None), device=place.device), place)
@@ -273,7 +289,9 @@ def compiled(model, micro_batch, config, place, say):
 
 
 def learning_rate(it, config):
-    """The rate of update `it`, counted from 0: linear warmup, then a cosine from learning_rate down to min_lr."""
+    """
+    The rate of update `it`, counted from 0: linear warmup, then a cosine from learning_rate down to min_lr.
+    """
     if not config.decay_lr:
         return config.learning_rate
     if it < config.warmup_iters:
@@ -303,8 +321,9 @@ class Network:
 
 def train_step(net, batches, lr, config, place, stopping=False):
     """
-    One update from a list of equal micro-batches (x, y). Returns (loss, grad_norm, stopping), the same on all processes:
-    the mean loss of the global batch, its gradient's norm before clipping, and if any process is stopping.
+    One update from a list of equal micro-batches (x, y). Returns (loss, grad_norm, stopping), the same on all
+    processes: the mean loss of the global batch, its gradient's norm before clipping, and if any process is
+    stopping.
 
     A step whose loss or gradient is not finite updates nothing. One transfer to the host decides all of it.
     """
@@ -335,7 +354,10 @@ def train_step(net, batches, lr, config, place, stopping=False):
 
 @torch.no_grad()
 def evaluate(model, tokens, config, place):
-    """(val_loss, val_tokens): the mean over the first eval_tokens tokens of val, each read once, by all processes."""
+    """
+    (val_loss, val_tokens): the mean over the first eval_tokens tokens of val, each read once, by all
+    processes.
+    """
     model.eval()
     nats, count = [], 0
     for x, y, n in val_batches(tokens, config.block_size, config.batch_size, config.eval_tokens,
@@ -361,7 +383,8 @@ def optimized_names(net):
 
 def dense_state(net):
     """
-    The dense model's and optimizer's state, on the CPU, whatever this process hosts. A collective call when sharded.
+    The dense model's and optimizer's state, on the CPU, whatever this process hosts. A collective call when
+    sharded.
 
     The tied head is wte itself, so that a file holds it once.
     """
@@ -371,7 +394,8 @@ def dense_state(net):
     weights = {name: dense(name, p) for name, p in net.raw.named_parameters()}
     weights['lm_head.weight'] = weights['transformer.wte.weight']
     state, names = net.optimizer.state_dict(), optimized_names(net)
-    moments = {i: {key: dense(names[i], value) for key, value in entry.items()} for i, entry in state['state'].items()}
+    moments = {i: {key: dense(names[i], value) for key, value in entry.items()}
+               for i, entry in state['state'].items()}
     return dict(model=weights, optimizer=dict(state, state=moments))
 
 
@@ -382,7 +406,8 @@ def load_dense_state(net, saved):
 
     net.raw.load_dense(saved['model'])
     state, names = saved['optimizer'], optimized_names(net)
-    moments = {i: {key: mine(names[i], value) for key, value in entry.items()} for i, entry in state['state'].items()}
+    moments = {i: {key: mine(names[i], value) for key, value in entry.items()}
+               for i, entry in state['state'].items()}
     net.optimizer.load_state_dict(dict(state, state=moments))
 
 
@@ -412,7 +437,10 @@ class Run:
         self.now = Progress()
 
     def restore(self):
-        """Goes on from the latest checkpoint that can be read. Returns lines to say. Raises ValueError if none fits."""
+        """
+        Goes on from the latest checkpoint that can be read. Returns lines to say. Raises ValueError if none
+        fits.
+        """
         config, lines = self.config, []
         path, saved = checkpoint.load_latest(config.out_dir, lines.append)
         there = dict(saved['config'], vocab_size=saved['vocab_size'])
@@ -432,7 +460,10 @@ class Run:
         return lines + [f'resuming from {path} at step {self.now.iter}']
 
     def train(self, ddp_group, lines):
-        """Updates until max_iters, or until a signal. Returns whether the run is finished. Says `lines` at its start."""
+        """
+        Updates until max_iters, or until a signal. Returns whether the run is finished. Says `lines` at its
+        start.
+        """
         config, place, now = self.config, self.place, self.now
         self.note_state('running')
         self.log = Log(config, place.first, self.info, now.iter, now.metrics_bytes, now.wandb_id)
@@ -494,8 +525,8 @@ class Run:
         self.log.say(f'warning: {what}; this step updated nothing')
         # float16's loss scale starts too high on purpose, and comes down by such steps
         if self.failures == (25 if self.net.scaler.is_enabled() else 5):
-            fail(f'{what}, the {self.failures}th step in a row without a finite gradient; try a lower --learning_rate '
-                 f'or --grad_clip=1.0; the last checkpoint in {self.config.out_dir} is intact')
+            fail(f'{what}, the {self.failures}th step in a row without a finite gradient; try a lower '
+                 f'--learning_rate or --grad_clip=1.0; the checkpoints in {self.config.out_dir} are intact')
 
     def log_step(self, loss, norm, lr):
         config, now, cuda = self.config, self.now, self.place.device.type == 'cuda'
@@ -508,8 +539,9 @@ class Run:
         self.log.write(iter=now.iter, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_sec=speed, mfu=mfu,
                        peak_memory_gib=memory, skipped=now.skipped)
         left = timedelta(seconds=round(seconds * (config.max_iters - now.iter)))
-        self.log.progress(now.iter, config.max_iters, f'train {loss:.4f} | lr {lr:.2e} | grad norm {norm:.2f} | {speed:,.0f} tokens/s | '
-                          + (f'mfu {mfu:.1%} | ' if mfu else '') + f'{left} left')
+        words = [f'train {loss:.4f}', f'lr {lr:.2e}', f'grad norm {norm:.2f}', f'{speed:,.0f} tokens/s']
+        words += [f'mfu {mfu:.1%}'] * bool(mfu) + [f'{left} left']
+        self.log.progress(now.iter, config.max_iters, ' | '.join(words))
 
     def evaluate(self):
         """Validation loss, and a checkpoint."""
@@ -520,7 +552,8 @@ class Run:
         best = now.val_loss < now.best_val_loss
         now.best_val_loss = min(now.val_loss, now.best_val_loss)
         self.log.write(iter=now.iter, val_loss=now.val_loss, val_tokens=tokens)
-        self.log.say(f'step {now.iter}: val loss {now.val_loss:.4f} over {tokens:,} tokens' + ' (best)' * best)
+        note = ' (best)' if best else ''
+        self.log.say(f'step {now.iter}: val loss {now.val_loss:.4f} over {tokens:,} tokens{note}')
         if config.always_save_checkpoint or best or now.iter == config.max_iters:
             self.save(best)
 
@@ -531,8 +564,9 @@ class Run:
             return
         self.now.metrics_bytes = self.log.flush()
         self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
-        state.update(scaler=self.net.scaler.state_dict(), iter=self.now.iter, config=vars(self.config),
-                     vocab_size=self.net.raw.config.vocab_size, corpus=self.corpus.meta, progress=asdict(self.now))
+        state.update(scaler=self.net.scaler.state_dict(), iter=self.now.iter, progress=asdict(self.now),
+                     config=vars(self.config), vocab_size=self.net.raw.config.vocab_size,
+                     corpus=self.corpus.meta)
         try:
             checkpoint.save(self.config.out_dir, state, best)
         except OSError as error:
@@ -541,7 +575,8 @@ class Run:
     def note_state(self, state):
         """run.json, by the first process: state is one of running, finished, resumable, failed."""
         if self.place.first:
-            self.info.update(state=state, iter=self.now.iter, val_loss=self.now.val_loss, seconds=self.now.seconds)
+            now = self.now
+            self.info.update(state=state, iter=now.iter, val_loss=now.val_loss, seconds=now.seconds)
             checkpoint.write_json(f'{self.config.out_dir}/run.json', self.info)
 
 
@@ -559,8 +594,9 @@ def main(argv):
         corpus = open_corpus(config.dataset)
         vocab_size = math.ceil(corpus.vocab_size / 64) * 64
         model_config = model_config_of(config, vocab_size)
-        loader = TrainLoader(corpus.train, config.block_size, config.batch_size * config.gradient_accumulation_steps,
-                             config.seed, place.ddp_rank, place.ddp_size, config.batch_size, place.device)
+        windows = config.batch_size * config.gradient_accumulation_steps
+        loader = TrainLoader(corpus.train, config.block_size, windows, config.seed, place.ddp_rank,
+                             place.ddp_size, config.batch_size, place.device)
     except ValueError as error:
         config.refuse(str(error))
     ranks, ddp_group = connect(config, place)
@@ -576,7 +612,7 @@ def main(argv):
     if config.eval_only:
         loss, tokens = evaluate(run.net.raw, corpus.val, config, place)
         if place.first:
-            print('\n'.join(lines + [f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}']))
+            print(*lines, f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}', sep='\n')
         return
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -587,13 +623,13 @@ def main(argv):
         sys.exit(f'error: out of GPU memory; {smaller_batches(config)} keeps the batch and takes less')
     except RuntimeError as error:
         run.note_state('failed')
-        if place.processes == 1 or not re.search('peer|timed out|connection|socket', str(error), re.IGNORECASE):
+        if place.processes == 1 or not re.search('peer|timed out|connection|socket', str(error), re.I):
             raise
         gone = missing_processes(place)
         if place.process == min(set(range(place.processes)) - set(gone)):
-            who = f'process {", ".join(map(str, gone))} of {place.processes}' if gone else 'a process that lives'
-            print(f'error: lost touch with {who} at step {run.now.iter}; --init_from=resume goes on from the last '
-                  f'checkpoint in {config.out_dir}', file=sys.stderr)
+            who = f'process {", ".join(map(str, gone))}' if gone else 'a process that lives'
+            print(f'error: lost touch with {who} of {place.processes} at step {run.now.iter}; '
+                  f'--init_from=resume goes on from the last checkpoint in {config.out_dir}', file=sys.stderr)
         sys.exit(1)
     except BaseException:
         run.note_state('failed')

@@ -1,5 +1,5 @@
-# the recipe: GPT-2 (124M) as the guide trains it. a run's config file changes what it has to and nothing else.
-# every key that train.py knows is here, with its type; the comment is what --help prints.
+# the recipe: GPT-2 (124M) as the guide trains it. a run's config file changes what it has to and nothing
+# else. every key that train.py knows is here, with its type; the comment is what --help prints.
 from typing import Literal
 
 # output
@@ -8,7 +8,7 @@ eval_interval: int = 1000                   # updates between evaluations
 eval_tokens: int = 2_457_600                # validation reads the first so many tokens of val, each once
 log_interval: int = 10                      # updates between log lines
 eval_only: bool = False                     # evaluate once and stop
-always_save_checkpoint: bool = True         # save at every evaluation; False: only where val loss is the best so far
+always_save_checkpoint: bool = True         # save at every evaluation; False: only at the best so far
 init_from: Literal['scratch', 'resume'] = 'scratch'     # resume: continue from out_dir/ckpt.pt
 seed: int = 1337                            # initial weights, batches and dropout follow from it
 
@@ -30,7 +30,7 @@ n_embd: int = 768                           # width of the residual stream
 dropout: float = 0.0                        # of embeddings, attention and sublayers' outputs
 bias: bool = False                          # biases in linear layers and LayerNorms
 tp_size: int = 2                            # tensor-parallel ranks, R; 1 is the dense control
-block_types: list | None = None             # tp, spd or parallel per layer, or a pattern: tp,spd,spd; None: all tp
+block_types: list | None = None             # tp, spd or parallel a layer, or a pattern: tp,spd,spd; None: tp
 
 # optimizer
 learning_rate: float = 6e-4                 # the highest, after warmup
@@ -52,4 +52,4 @@ device: str = 'cuda'                        # cpu, cuda, cuda:1, mps ...
 dtype: Literal['float32', 'bfloat16', 'float16'] = 'bfloat16'   # of the matmuls; weights are float32
 compile: bool = True                        # use torch.compile
 shard: bool = False                         # one tensor-parallel rank a process, with real all-reduces
-tp_across_nodes: bool = False               # sharded: the ranks of a group on as many nodes; False: side by side
+tp_across_nodes: bool = False               # sharded: a group's ranks on as many nodes; False: side by side

@@ -122,6 +122,7 @@ def test_the_defaults_are_the_recipe():
     (['--block_types=5'], ['block_types', '5', 'a list']),
     (['--block_types=tp,spd', '--n_layer=7'], ['block_types', 'tp,spd', '2', '7', '--n_layer=7']),
     (['--batch_size=0'], ['batch_size', '0', 'at least 1']),
+    (['--n_layer=10000000'], ['n_layer', '10000000']),
     (['--beta2=1'], ['beta2', '1', 'below 1']),
     (['--learning_rate=-1e-3'], ['learning_rate', '-0.001', 'above 0']),
     (['--learning_rate=1e999'], ['learning_rate', 'inf']),
@@ -185,6 +186,7 @@ TEXTS = st.one_of(
 @given(key=st.sampled_from(sorted(KEYS)), text=TEXTS)
 @example('learning_rate', '1' + '0' * 400)
 @example('learning_rate', '1' + '0' * 5000)
+@example('block_types', "['tp'] * 99999999999999999999999")
 @example('max_iters', '-' * 20000 + '1')
 @example('max_iters', '(' * 300 + '1' + ')' * 300)
 @example('dataset', '\ud800')
