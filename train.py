@@ -540,8 +540,9 @@ class Run:
                        peak_memory_gib=memory, skipped=now.skipped)
         left = timedelta(seconds=round(seconds * (config.max_iters - now.iter)))
         words = [f'train {loss:.4f}', f'lr {lr:.2e}', f'grad norm {norm:.2f}', f'{speed:,.0f} tokens/s']
-        words += [f'mfu {mfu:.1%}'] * bool(mfu) + [f'{left} left']
-        self.log.progress(now.iter, config.max_iters, ' | '.join(words))
+        if mfu:
+            words.append(f'mfu {mfu:.1%}')
+        self.log.progress(now.iter, config.max_iters, ' | '.join([*words, f'{left} left']))
 
     def evaluate(self):
         """Validation loss, and a checkpoint."""
