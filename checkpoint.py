@@ -9,6 +9,7 @@ checkpoints.
 import fcntl
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -79,11 +80,15 @@ def load(path):
     Raises FileNotFoundError, or ValueError in one line where it cannot be read.
     """
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        with zipfile.ZipFile(path) as parts:
+            broken = parts.testzip()    # torch.load does not look at the checksums
+        saved = None if broken else torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:          # it fails in the unpickler, the zip reader or a tensor's storage
         raise ValueError(f'{path} is damaged: {type(error).__name__}') from error
+    if broken:
+        raise ValueError(f'{path} is damaged: {broken}')
     if not isinstance(saved, dict) or not KEYS <= saved.keys():
         raise ValueError(f'{path} is not a checkpoint that train.py wrote')
     return saved

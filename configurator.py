@@ -23,14 +23,15 @@ ROOT = Path(__file__).resolve().parent
 DEFAULTS = ROOT / 'config' / 'defaults.py'
 
 AT_LEAST_1 = (lambda value: value >= 1, 'at least 1')
+LAYERS = (lambda value: 1 <= value <= 1000, 'from 1 to 1000')
 SEED = (lambda value: 0 <= value < 2**63, 'at least 0 and below 2**63')
 NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
-LIMITS = dict(                          # the model's own keys are checked by GPTConfig
+LIMITS = dict(                          # GPTConfig checks the model's other keys
     eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, log_interval=AT_LEAST_1, seed=SEED,
     batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
-    learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, beta1=FRACTION, beta2=FRACTION,
+    n_layer=LAYERS, learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
 )
 RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}
@@ -111,7 +112,7 @@ def check(key, value, source, keys):
         fail(f'{source}: {key} is {value!r}, it must be {in_words(kind)}')
     if type(value) in (int, float) and float in alternatives(kind):
         if not abs(value) <= sys.float_info.max:
-            fail(f'{source}: {key} must be a finite number')
+            fail(f'{source}: {key} is {value!r:.40}, it must be a finite number')
         value = float(value)
     holds, wanted = LIMITS.get(key, (None, None))
     if holds and value is not None and not holds(value):
@@ -194,7 +195,8 @@ def pattern(block_types):
 # what may differ between two calls of one run, or between two runs that are compared: not the recipe
 HOUSEKEEPING = {
     'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
-    'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard', 'tp_across_nodes',
+    'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
+    'tp_across_nodes',
 }
 
 
