@@ -375,7 +375,7 @@ def cliff(curve):
         return 'no, the loss rises at no step from more communications to fewer'
     picked = f'the steepest of {len(steps)} steps is {start} to {end}, {rise}'
     if curve[0].floor is not None and rise.mean <= curve[0].floor:
-        return f'none seen: {picked}, within the rounding floor of {curve[0].floor:.4f}'
+        return f'none seen: {picked}, within the rounding floor of {curve[0].floor:.1e}'
     if rise.half is not None and rise.mean <= rise.half:
         return f'none shown: {picked}, not told apart from 0'
     against = f'{slope:.5f} per communication, against {next_slope:.5f} from {next_start} to {next_end}'
@@ -400,7 +400,7 @@ def speed(rows):
 def answers(rows):
     """The guide's questions with their answers, as pairs of a line and a list of lines."""
     floors = {f'tp_size {row.tp_size}{row.note}':
-              'unknown: no all-tp run with its dense control' if row.floor is None else f'{row.floor:.4f}'
+              'unknown: no all-tp run with its dense control' if row.floor is None else f'{row.floor:.1e}'
               for row in rows if not row.dense}
     said = [('Rounding floor: the largest |all-tp minus dense| of any seed. Nothing smaller is a difference.',
              [f'{where}: {floor}' for where, floor in floors.items()])]

@@ -8,10 +8,13 @@ does not fit is refused with a ValueError of one plain line.
     corpus = open_corpus("pystdlib")
     load_tokenizer(corpus.meta).decode(corpus.train.read(0, 80).tolist())
 """
+import argparse
+import errno
 import hashlib
 import json
 import mmap
 import os
+import shutil
 from bisect import bisect_right
 from contextlib import contextmanager
 from functools import partial
@@ -315,12 +318,71 @@ def write_meta(out, meta, names):
         file.write(json.dumps(meta, indent=1).encode() + b"\n")
 
 
-def is_prepared(out, source):
-    """Whether the folder `out` holds a whole corpus made from `source`, meta.json's entry of that name."""
+def is_prepared(out, meta):
+    """Whether the folder `out` holds a whole corpus whose meta.json has all these entries."""
     try:
-        return open_folder(out).meta.get("source") == source
-    except ValueError:
+        found = open_folder(out).meta
+    except (OSError, ValueError):
         return False
+    return all(found.get(key) == value for key, value in meta.items())
+
+
+@contextmanager
+def parts_folder(out, meta):
+    """Gives the folder out/parts for what a long preparation has finished, removed if the block ends well.
+
+    `meta` is noted there. ValueError if it differs from an earlier start's, whose parts would not fit, or if another
+    process is preparing in `out`."""
+    import fcntl  # not on every system where a run reads a corpus
+    parts = out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    with open(parts / "lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf's locks do not pass to forked processes
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"another process is preparing a corpus in {out}") from None
+            # else a file system without locks, where the caution is the user's
+        plan, note = parts / "plan.json", json.dumps(meta).encode()
+        if not plan.exists():
+            for path in parts.glob("*.bin"):
+                path.unlink()
+            with atomic_write(plan) as file:
+                file.write(note)
+        elif plan.read_bytes() != note:
+            raise ValueError(f"{parts} is another command's unfinished work: delete it or choose another --out")
+        yield parts
+    shutil.rmtree(parts)
+
+
+def hub_revision(repo, out):
+    """The commit of a Hugging Face dataset that an earlier start in `out` has taken, else the newest one.
+
+    ValueError if that has to be asked for and the hub does not answer."""
+    for path in (out / "meta.json", out / "parts" / "plan.json"):
+        try:
+            source = json.loads(path.read_bytes())["source"]
+            if source["dataset"] == repo:
+                return source["revision"]
+        except (OSError, ValueError, LookupError, TypeError):
+            pass  # nothing is noted there
+    from huggingface_hub import HfApi
+    try:
+        return HfApi().dataset_info(repo).sha
+    except Exception as error:  # of whichever network library this release of huggingface_hub uses
+        raise ValueError(f"cannot reach {repo} on the Hugging Face hub ({error})") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A prepare script's flags: --out and what the script adds. What it refuses is a ValueError of one line."""
+
+    def __init__(self, script, doc):
+        super().__init__(description=doc.split("\n")[0])
+        self.add_argument("--out", type=Path, default=Path(script).resolve().parent,
+                          help="folder to write to (default: this script's)")
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists the flags)")
 
 
 def plainly(main):

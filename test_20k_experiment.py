@@ -2,6 +2,7 @@
 The pre-flight: do the experiment's configs load, have the size they should, and run?
 
     python test_20k_experiment.py           # the experiment's eight configs, at full size, in about a minute
+    python test_20k_experiment.py --all     # every config in config/, the larger models too: several minutes
     python -m pytest test_20k_experiment.py
 
 Needs no data, no tokenizer, no network, no GPU. Exit status 0 if every check passes.
@@ -14,12 +15,13 @@ from functools import cache
 import pytest
 import torch
 
-from configurator import ROOT, communications, load, pattern
+from configurator import ROOT, communications, fail, load, pattern
 from model import GPT, count_all_reduces
 from train import model_config_of
 
 RUNS = [f'config/train_gpt2{name}.py'
         for name in ('', '_24comm', '_18comm', '_16comm', '_12comm', '_8comm', '_6comm', '_2comm')]
+SIZES = {'124M': 125e6, '350M': 355e6, '774M': 774e6}     # parameters: the guide's, GPT-2 medium's, large's
 VOCAB_SIZE = 50304                      # GPT-2's 50,257 rounded up to a multiple of 64
 MAY_DIFFER = {'out_dir', 'wandb_run_name', 'block_types'}
 
@@ -46,19 +48,26 @@ def observe(path):
 
 
 def check_loads(path):
-    """The config loads, is called after its communications, and its layers are what the name promises."""
+    """The config loads, logs to the guide's project, and is called after its communications."""
     config, *_ = observe(path)
     count = communications(config.block_types, config.tp_size)
-    name = 'gpt2-124M' + (f'-{count}comm' if count else '')
-    assert config.wandb_run_name == name, f'{path} has {count} communications, but is {config.wandb_run_name}'
+    called = config.wandb_run_name.split('-')[2:3]      # gpt2-124M-12comm-and-more
+    assert called == [f'{count}comm'] * bool(count), f'{count} communications, but {config.wandb_run_name}'
     assert config.wandb_log and config.wandb_project == 'owt'
 
 
+def parameters_of_gpt2(n_layer, n_embd, block_size=1024):
+    """Dense GPT-2's, without biases: embeddings, 12 n_embd^2 in a layer's matrices, its LayerNorms, the last."""
+    return (VOCAB_SIZE + block_size + 1) * n_embd + n_layer * (12 * n_embd**2 + 2 * n_embd)
+
+
 def check_size(path):
-    """About 125M parameters, within 1%, and the same for every config."""
-    _, parameters, _, _ = observe(path)
-    assert abs(parameters / 125e6 - 1) < 0.01, f'{path} has {parameters:,} parameters'
-    assert parameters == observe(RUNS[0])[1]
+    """About 125M parameters, or what the name says, within 1%, whatever the blocks."""
+    config, parameters, _, _ = observe(path)
+    size = config.wandb_run_name.split('-')[1]
+    assert abs(parameters / SIZES[size] - 1) < 0.01, f'{parameters:,} parameters, its name says {size}'
+    dense = parameters_of_gpt2(config.n_layer, config.n_embd)
+    assert parameters == dense, f'{parameters:,} parameters, dense GPT-2 has {dense:,}'
 
 
 def check_runs(path):
@@ -67,8 +76,8 @@ def check_runs(path):
     forward.
     """
     _, _, loss, observed = observe(path)
-    assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'{path} starts at loss {loss:.3f}'
-    assert observed.forward == observed.backward
+    assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'loss {loss:.3f} at init'
+    assert observed.forward == observed.backward, f'{observed.forward} all-reduces and {observed.backward} back'
 
 
 CHECKS = {'All configs load correctly': check_loads, 'Models have ~125M parameters (within 1%)': check_size,
@@ -98,22 +107,27 @@ def failure(check, path):
         return f'{path}: {error}'
 
 
-def main():
+def main(argv):
+    runs = RUNS
+    if argv == ['--all']:
+        runs = RUNS + sorted({f'config/{p.name}' for p in ROOT.glob('config/train_*.py')} - set(RUNS))
+    elif argv:
+        fail(f'{" ".join(argv)}: the pre-flight takes --all or nothing')
     chance = f'{math.log(VOCAB_SIZE):.3f}'
-    print(f'{"config":34} {"block_types":28} {"comms":>5} {"all-reduces":>11} {"parameters":>12} '
+    print(f'{"config":43} {"block_types":44} {"comms":>5} {"all-reduces":>11} {"parameters":>12} '
           f'{"loss at init / ln(vocab)":>25}')
-    for path in RUNS:
+    for path in runs:
         try:
             config, parameters, loss, observed = observe(path)
         except (SystemExit, ValueError) as error:
-            print(f'{path:34} {error}')
+            print(f'{path:43} {error}')
             continue
         kinds = 'dense control' if config.tp_size == 1 else pattern(config.block_types)
         reduced = f'{observed.forward} + {observed.backward}'
-        print(f'{path:34} {kinds:28} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
+        print(f'{path:43} {kinds:44} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
               f'{parameters:12,} {f"{loss:.3f} / {chance}":>25}', flush=True)
     print('\ncomms is the guide\'s count; all-reduces are those observed in a pass, forward + backward\n')
-    failures = {words: [line for path in RUNS if (line := failure(check, path))]
+    failures = {words: [line for path in runs if (line := failure(check, path))]
                 for words, check in CHECKS.items()}
     for words, lines in failures.items():
         print('FAIL' if lines else 'PASS', words, *lines, sep='\n     ' if lines else '  ')
@@ -121,4 +135,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -1,8 +1,8 @@
 """
-What each process of test_sharded.py's launches does, and how they are launched.
+What the processes that test_sharded.py starts do, and how they are started.
 
-`measure` writes what one process of a group saw, to be judged by the test that has the simulated run's numbers
-from the same functions. It is no test itself: what fails in here fails the launch.
+`measure` writes down what one process of a sharded group sees. The tests judge it by the simulated run's numbers,
+which come from the same functions with `ranks` None. What fails in a process fails its launch.
 """
 import multiprocessing
 import os
@@ -23,13 +23,13 @@ import train  # noqa: E402
 from configurator import load  # noqa: E402
 from model import GPT, count_all_reduces, join_shards  # noqa: E402
 
-B, T, V = 2, 5, 29                      # V divides by neither tp_size
+B, T, V = 2, 5, 29                      # no tp_size divides V
 STEPS = 20
-ALONE = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', GROUP_WORLD_SIZE='1')
 
-# processes are forked from a server that has imported torch already: a launch takes no seconds
+# processes are forked from a server that has imported all of this: a launch takes no seconds
+os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
 context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['pytest', 'train', 'sharded_process'])
+context.set_forkserver_preload(['pytest', 'sharded_process'])
 
 
 def free_port():
@@ -47,49 +47,45 @@ def begin(environment, output, target, args):
     target(*args)
 
 
-def launch(folder, processes, target, *args, timeout=60, **environment):
+def launch(folder, processes, target, *args, timeout=60):
     """
-    Runs target(*args) in so many processes in torchrun's environment. Once one fails the others are killed, as
-    torchrun does, and all are at the timeout, in seconds.
+    Runs target(*args) in so many processes with torchrun's environment. Like torchrun it kills the others once
+    one has failed; and all after `timeout` seconds.
 
-    Returns (exit status of the first to end badly or 0, stdout of all, stderr of all).
+    Returns (status, stdout, stderr): the exit status of the first to fail, 0 if none did, None after a timeout.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    common = dict(ALONE, WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port()) | environment
+    environment = dict(WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
     started = []
     for i in range(processes):
-        mine = common | dict(RANK=str(i), LOCAL_RANK=str(i))
+        mine = environment | dict(RANK=str(i), LOCAL_RANK=str(i))
         started.append(context.Process(target=begin, args=(mine, folder / f'process{i}', target, args)))
         started[-1].start()
-    deadline, running, status = time.monotonic() + timeout, list(started), 0
-    while running and not status:
-        wait([process.sentinel for process in running], max(0, deadline - time.monotonic()))
-        ended = [process for process in running if process.exitcode is not None]
-        status = next((process.exitcode for process in ended if process.exitcode), 0 if ended else 'timeout')
-        running = [process for process in running if process not in ended]
-    for process in running:
-        process.kill()
+    deadline, status = time.monotonic() + timeout, 0
+    while status == 0 and (running := [process for process in started if process.exitcode is None]):
+        if not wait([process.sentinel for process in running], deadline - time.monotonic()):
+            status = None
+        status = next((process.exitcode for process in started if process.exitcode), status)
     for process in started:
+        process.kill()
         process.join()
-    texts = [''.join((folder / f'process{i}.{name}').read_text() for i in range(processes)) for name in ('out', 'err')]
-    return status, *texts
+    out, err = (''.join((folder / f'process{i}.{name}').read_text() for i in range(processes))
+                for name in ('out', 'err'))
+    return status, out, err
 
 
-# the numbers of a run: simulated where `ranks` is None
+# the numbers of a run, simulated where `ranks` is None
 
 
 def config_of(name, tp_size, bias, *flags):
-    """The table's config at small width."""
-    path = ROOT / f'config/train_gpt2{name and "_" + name}.py'
-    return load([str(path), str(ROOT / 'config/cpu.py'), '--n_embd=16', '--n_head=4', f'--block_size={T + 1}',
-                 f'--tp_size={tp_size}', f'--bias={bias}', '--grad_clip=0.5', f'--max_iters={STEPS}',
-                 '--warmup_iters=3', *flags])
+    """A config of design.md's table at small width."""
+    files = [str(ROOT / f'config/train_gpt2{name}.py'), str(ROOT / 'config/cpu.py')]
+    return load([*files, '--n_embd=16', '--n_head=4', f'--block_size={T + 1}', f'--tp_size={tp_size}',
+                 f'--bias={bias}', f'--max_iters={STEPS}', '--warmup_iters=3', '--grad_clip=0.1', *flags])
 
 
 def network(config, place, ranks, ddp_group, dtype):
-    """
-    What train.py trains, from its initial weights. In float64 they are moved far from these: no bias 0, no gain 1.
-    """
+    """What train.py trains, from its initial weights; in float64 from others: no bias is 0, no gain 1."""
     torch.manual_seed(config.seed)
     dense = GPT(train.model_config_of(config, V))
     if dtype == torch.float64:
@@ -102,16 +98,16 @@ def network(config, place, ranks, ddp_group, dtype):
 
 
 def batches(step, n, place):
-    """This process's share of a step's n micro-batches, (B, T) each; some targets are ignored."""
+    """This process's share of a step's n micro-batches, (B, T) each. Some targets are ignored."""
     generator = torch.Generator().manual_seed(step % 3)
     x, y = torch.randint(V, (2, n, B, T), generator=generator)
     y[:, 0, 1] = y[-1, 1, 2:] = -1
-    mine = slice(place.ddp_rank * n // place.ddp_size, (place.ddp_rank + 1) * n // place.ddp_size)
-    return list(zip(x[mine], y[mine]))
+    share = n // place.ddp_size
+    return list(zip(x, y))[place.ddp_rank * share:][:share]
 
 
-def train_some(config, place, ranks, ddp_group):
-    """(loss, grad norm) of STEPS float32 steps of two micro-batches, (STEPS, 2)."""
+def training(config, place, ranks, ddp_group):
+    """(loss, grad norm) of float32 steps of two micro-batches: (STEPS, 2)"""
     net, seen = network(config, place, ranks, ddp_group, torch.float32), []
     for step in range(STEPS):
         lr = train.learning_rate(step, config)
@@ -121,31 +117,34 @@ def train_some(config, place, ranks, ddp_group):
 
 def first_step(config, place, ranks, ddp_group):
     """
-    The first float64 step, of four micro-batches: the dense network's gradients as the optimizer gets them, with
-    loss and norm. And what the network says before it: the loss in eval mode, the logits.
+    A float64 step of four micro-batches: its loss, its norm and the dense network's gradients as the optimizer
+    gets them, by name. And from before it the loss in eval mode and the logits.
     """
-    net, seen = network(config, place, ranks, ddp_group, torch.float64), {}
+    net, steps, seen = network(config, place, ranks, ddp_group, torch.float64), batches(0, 4, place), {}
 
     def keep_gradients(*_):
         for name, p in net.raw.named_parameters():
             seen[name] = join_shards(name, p.grad, net.raw.ranks).clone()
 
-    steps = batches(0, 4, place)
-    with torch.no_grad():
-        net.raw.eval()
-        seen['eval loss'], seen['logits'] = net.raw(*steps[-1])[1], net.raw(steps[-1][0])[0]
-        net.raw.train()
     net.optimizer.register_step_pre_hook(keep_gradients)
     torch.manual_seed(3)                # dropout's masks
-    loss, norm, _ = train.train_step(net, steps, 1e-3, config, place)
-    return seen | {'loss': torch.tensor(loss), 'norm': torch.tensor(norm)}
+    loss, norm, _ = train.train_step(net, steps, 0.0, config, place)
+    seen |= {'loss': torch.tensor(loss), 'norm': torch.tensor(norm)}
+    return seen
+
+
+def answers(config, place, ranks, ddp_group):
+    """The float64 loss in eval mode and the logits, of the same batch for all."""
+    raw, (x, y) = network(config, place, ranks, ddp_group, torch.float64).raw.eval(), batches(0, 4, place)[-1]
+    with torch.no_grad():
+        return {'loss': raw(x, y)[1], 'logits': raw(x)[0]}
 
 
 # what really went over the wire
 
 
 class Messages(TorchDispatchMode):
-    """Records torch.distributed's collectives: (operation, shape, dtype, the processes among which)."""
+    """Records collectives, as torch.distributed's operators are called: (operator, shape, dtype, among whom)."""
 
     def __init__(self):
         super().__init__()
@@ -153,41 +152,49 @@ class Messages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == 'c10d':
-            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
-                         and 'ProcessGroup' in str(a._type()))
+            group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
             for tensor in args[0]:
-                self.sent.append((func.overloadpacket.__name__, tuple(tensor.shape), tensor.dtype,
-                                  tuple(dist.get_process_group_ranks(group))))
+                self.sent.append((str(func), tuple(tensor.shape), tensor.dtype,
+                                  dist.get_process_group_ranks(group)))
         return func(*args, **(kwargs or {}))
 
 
-def communicate(config, place, ranks, ddp_group):
-    """Every message of one micro-batch and of a whole step, by phase, beside f_op's and g_op's own count."""
+def messages(config, place, ranks, ddp_group):
+    """The messages of a micro-batch and of a whole step, by phase, and what f_op and g_op counted in the first."""
     net = network(config, place, ranks, ddp_group, torch.float32)
-    (x, y), = batches(0, 2, place)[:1]
+    steps = batches(0, 4, place)
     phases = {name: Messages() for name in ('forward', 'backward', 'gradients', 'step')}
     with count_all_reduces() as counted:
         with phases['forward'], train.autocast(config, place):
-            loss = net.raw(x, y)[1]
+            loss = net.raw(*steps[0])[1]
         with phases['backward']:
             loss.backward()
     with phases['gradients']:
         net.raw.sum_replicated_gradients()
         net.raw.gradient_norm()
+    net.raw.zero_grad()
     with phases['step']:
-        train.train_step(net, batches(0, 4, place), 1e-3, config, place)
-    sent = {name: messages.sent for name, messages in phases.items()}
-    return sent | {'counted': (counted.forward, counted.backward)}
+        train.train_step(net, steps, 1e-3, config, place)
+    return {name: phase.sent for name, phase in phases.items()} | vars(counted)
 
 
-def measure(folder, tp_size, names):
-    """All of the above for each config, with bias and without, as one process of a sharded run."""
+def shards(config, place, ranks, ddp_group):
+    """This process's initial weights, and the dense ones joined from all."""
+    raw = network(config, place, ranks, ddp_group, torch.float32).raw
+    mine = {name: p.detach() for name, p in raw.named_parameters()}
+    return {'mine': mine, 'joined': {name: join_shards(name, p, raw.ranks) for name, p in mine.items()}}
+
+
+def measure(folder, tp_size, cases):
+    """
+    Writes {case: what this process saw} of one group, where a case is (function, config's name, bias, *flags).
+    """
     seen = {}
-    for name in names:
-        for bias in (False, True):
-            config = config_of(name, tp_size, bias, '--shard=True')
-            place = train.find_place(config)
-            if not dist.is_initialized():
-                ranks, ddp_group = train.connect(config, place)
-            here = place, ranks, ddp_group
-            seen[name, bias, 'first step'] = first_step(config, *here)
+    for function, name, bias, *flags in cases:
+        config = config_of(name, tp_size, bias, '--shard=True', *flags)
+        place = train.find_place(config)
+        if not dist.is_initialized():
+            groups = train.connect(config, place)
+        seen[function, name, bias, *flags] = globals()[function](config, place, *groups)
+    torch.save(seen, folder / f'{place.process}.pt')
+    dist.destroy_process_group()

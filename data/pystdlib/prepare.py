@@ -5,7 +5,6 @@
 The same Python version gives the same files wherever its sources are unaltered. So only modules that every
 installation has are taken, and of those no test folders, no tables and no generated text.
 """
-import argparse
 import hashlib
 import platform
 import sys
@@ -14,7 +13,7 @@ import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from corpus import byte_encoding, encode_documents, is_prepared, plainly, write_corpus
+from corpus import Parser, byte_encoding, encode_documents, is_prepared, plainly, write_corpus
 
 # Linux distributions and container images ship these apart or not at all
 OFTEN_MISSING = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "venv"}
@@ -43,10 +42,7 @@ def read_source(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
-                        help="folder to write to (default: this script's)")
-    out = parser.parse_args().out
+    out = Parser(__file__, __doc__).parse_args().out
     folder = Path(sysconfig.get_paths()["stdlib"])
     modules = find_modules(folder)
     # in the order of their hashes, so that the first tokens of val are as mixed as all of it
@@ -58,12 +54,12 @@ def main():
     texts = {name: read_source(modules[name]) for name in names}
     digest = hashlib.sha256("".join(f"{name}\n{texts[name]}" for name in names).encode()).hexdigest()
     source = {"python": platform.python_version(), "files": len(names), "sha256": digest}
-    if is_prepared(out, source):
-        print(f"{out} is already prepared")
-        return
     encoding = byte_encoding()
     meta = {"dataset": "pystdlib", "corpus": f"Python {platform.python_version()} standard library sources",
             "source": source, "tokenizer": "byte", "vocab_size": encoding.n_vocab}
+    if is_prepared(out, meta):
+        print(f"{out} is already prepared")
+        return
     write_corpus(out, meta, {"train": [encode_documents(encoding, [texts[name]]) for name in train],
                              "val": [encode_documents(encoding, [texts[name]]) for name in val]})
     print(f"{out}: {len(train)} files in train.bin, {len(val)} in val.bin")

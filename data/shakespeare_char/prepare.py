@@ -3,7 +3,6 @@
     python data/shakespeare_char/prepare.py                 downloads the text (1.1 MB)
     python data/shakespeare_char/prepare.py --input FILE    takes it, or any other UTF-8 text, from a file
 """
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from urllib.request import urlopen
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from corpus import atomic_write, char_tokenizer, is_prepared, plainly, write_corpus
+from corpus import Parser, atomic_write, char_tokenizer, is_prepared, plainly, write_corpus
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -32,18 +31,16 @@ def download(path):
             file.write(data)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise ValueError(f"{path} is not tiny Shakespeare: delete it and run this again, or pass it as --input")
+        raise ValueError(f"{path} is not tiny Shakespeare: delete it, or give it as --input")
     return data
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__file__, __doc__)
     parser.add_argument("--input", type=Path, help="a UTF-8 text file to take instead of the download")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
-                        help="folder to write to (default: this script's)")
     args = parser.parse_args()
     source = {"sha256": hashlib.sha256(args.input.read_bytes()).hexdigest() if args.input else SHA256}
-    if is_prepared(args.out, source):
+    if is_prepared(args.out, {"dataset": "shakespeare_char", "source": source}):
         print(f"{args.out} is already prepared")
         return
     data = args.input.read_bytes() if args.input else download(args.out / "input.txt")
@@ -58,7 +55,7 @@ def main():
     meta = {"dataset": "shakespeare_char", "corpus": f"{name}, characters", "source": source,
             "tokenizer": "char", "chars": chars, "vocab_size": len(chars)}
     write_corpus(args.out, meta, {"train": [train], "val": [val]})
-    print(f"{args.out}: {len(train)} characters in train.bin, {len(val)} in val.bin, {len(chars)} different ones")
+    print(f"{args.out}: {len(train)} characters in train.bin, {len(val)} in val.bin, {len(chars)} different")
 
 
 if __name__ == "__main__":
