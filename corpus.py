@@ -26,10 +26,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import tiktoken
 
-DATA_DIR = Path(__file__).resolve().parent / "data"
-EOT = "<|endoftext|>"
-VOCAB_SIZES = {"byte": 257, "gpt2": 50257}
-TOKEN = np.dtype("<u2")
+DATA_DIR = Path(__file__).resolve().parent / 'data'
+EOT = '<|endoftext|>'
+VOCAB_SIZES = {'byte': 257, 'gpt2': 50257}
+TOKEN = np.dtype('<u2')
 # llm.c's header is 256 little-endian int32, of which three say something: magic, version, token count
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 SCAN_TOKENS = 1 << 22
@@ -43,27 +43,27 @@ class Tokenizer(NamedTuple):
 def byte_encoding():
     """A tiktoken.Encoding of the 256 bytes, each its own token, and <|endoftext|> = 256. It needs no file."""
     # nothing is ever merged, so the pattern only decides how much tiktoken looks at at once: lines are fast
-    return tiktoken.Encoding("byte", pat_str=r"[^\n]+|\n+",
+    return tiktoken.Encoding('byte', pat_str=r'[^\n]+|\n+',
                              mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={EOT: 256})
 
 
 def load_encoding(name):
     """The tiktoken.Encoding called "byte" or "gpt2". ValueError if gpt2's files cannot be fetched."""
-    if name == "byte":
+    if name == 'byte':
         return byte_encoding()
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:  # requests' exceptions are OSErrors
-        raise ValueError(f"tiktoken cannot fetch its {name} files ({type(error).__name__}): connect to the "
-                         "network, or set TIKTOKEN_CACHE_DIR to a folder that holds them") from None
+        raise ValueError(f'tiktoken cannot fetch its {name} files ({type(error).__name__}): connect to the '
+                         'network, or set TIKTOKEN_CACHE_DIR to a folder that holds them') from None
 
 
 def load_tokenizer(meta):
     """The Tokenizer of a corpus, from its meta.json. ValueError if tiktoken's files cannot be fetched."""
-    if meta["tokenizer"] == "char":
-        return char_tokenizer(meta["chars"])
-    encoding = load_encoding(meta["tokenizer"])
-    return Tokenizer(partial(encoding.encode, allowed_special="all"), encoding.decode)
+    if meta['tokenizer'] == 'char':
+        return char_tokenizer(meta['chars'])
+    encoding = load_encoding(meta['tokenizer'])
+    return Tokenizer(partial(encoding.encode, allowed_special='all'), encoding.decode)
 
 
 def char_tokenizer(chars):
@@ -73,10 +73,10 @@ def char_tokenizer(chars):
     def encode(text):
         strangers = set(text) - token_of.keys()
         if strangers:
-            raise ValueError(f"character {min(strangers)!r} is not among the {len(chars)} of this corpus")
+            raise ValueError(f'character {min(strangers)!r} is not among the {len(chars)} of this corpus')
         return [token_of[char] for char in text]
 
-    return Tokenizer(encode, lambda tokens: "".join(chars[token] for token in tokens))
+    return Tokenizer(encode, lambda tokens: ''.join(chars[token] for token in tokens))
 
 
 def encode_documents(encoding, texts):
@@ -88,21 +88,21 @@ def encode_documents(encoding, texts):
 def find_tokens(path):
     """(offset in bytes, number of tokens) of a token file. ValueError if it is none, or is cut short."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise ValueError(f'{path} is missing')
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open(path, 'rb') as file:
         start = file.read(12)
     if not start:
-        raise ValueError(f"{path} is empty")
-    magic, version, tokens = (int.from_bytes(start[i:i + 4], "little") for i in (0, 4, 8))
+        raise ValueError(f'{path} is empty')
+    magic, version, tokens = (int.from_bytes(start[i:i + 4], 'little') for i in (0, 4, 8))
     if magic != MAGIC:
         if size % TOKEN.itemsize:
-            raise ValueError(f"{path} has an odd size, {size} bytes: it is cut short or does not hold uint16")
+            raise ValueError(f'{path} has an odd size, {size} bytes: it is cut short or does not hold uint16')
         return 0, size // TOKEN.itemsize
     if version != VERSION:
         raise ValueError(f"{path} has version {version} in its header, GPT-2's uint16 tokens have {VERSION}")
     if tokens == 0 or size != HEADER_BYTES + tokens * TOKEN.itemsize:
-        raise ValueError(f"{path} has {size} bytes, which is not the {tokens} tokens that its header says")
+        raise ValueError(f'{path} has {size} bytes, which is not the {tokens} tokens that its header says')
     return HEADER_BYTES, tokens
 
 
@@ -114,7 +114,7 @@ class Tokens:
         self.maps, self.arrays = [], []
         for path in paths:
             offset, count = find_tokens(path)
-            with open(path, "rb") as file:
+            with open(path, 'rb') as file:
                 self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             self.arrays.append(np.frombuffer(self.maps[-1], TOKEN, count, offset))
         self.begins = [0, *accumulate(map(len, self.arrays))]  # where each file's tokens begin, and the end
@@ -128,15 +128,15 @@ class Tokens:
         touched = set()
         for window, start in zip(windows, starts):
             touched |= self._copy(window, int(start))
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if hasattr(mmap, 'MADV_DONTNEED'):
             # pages read through a map count as this process's memory until they are given back
             for i in touched:
                 self.maps[i].madvise(mmap.MADV_DONTNEED)
         if windows.size and windows.max() >= self.vocab_size:
             row, column = np.argwhere(windows >= self.vocab_size)[0]
             path, token = self.paths[self._file_at(starts[row] + column)], windows[row, column]
-            raise ValueError(f"{path} holds the token {token}, outside the vocabulary of {self.vocab_size}: "
-                             "delete this file and prepare the corpus again")
+            raise ValueError(f'{path} holds the token {token}, outside the vocabulary of {self.vocab_size}: '
+                             'delete this file and prepare the corpus again')
         return windows
 
     def read(self, start, n):
@@ -150,13 +150,13 @@ class Tokens:
             chunk = self.read(start, min(SCAN_TOKENS, len(self) - start))
             largest = max(largest, int(chunk.max()))
             digest.update(chunk)
-        return {"tokens": len(self), "max_token": largest, "sha256": digest.hexdigest()}
+        return {'tokens': len(self), 'max_token': largest, 'sha256': digest.hexdigest()}
 
     def _file_at(self, position):
         return bisect_right(self.begins, position) - 1
 
     def _copy(self, window, start):
-        assert 0 <= start <= len(self) - len(window), f"{len(window)} tokens from {start} of {len(self)}"
+        assert 0 <= start <= len(self) - len(window), f'{len(window)} tokens from {start} of {len(self)}'
         filled, touched = 0, set()
         while filled < len(window):
             i = self._file_at(start + filled)
@@ -181,103 +181,103 @@ def open_corpus(dataset, data_dir=DATA_DIR):
     ValueError, naming the command that prepares it, if a file is missing, cut short or of another dtype, if
     it contradicts meta.json, or if a token is outside the vocabulary: val is read whole and compared with its
     hash, train goes by its size here and is checked as it is read."""
-    known = sorted(path.parent.name for path in DATA_DIR.glob("*/prepare.py"))
+    known = sorted(path.parent.name for path in DATA_DIR.glob('*/prepare.py'))
     folder = Path(data_dir) / dataset
     try:
-        if dataset not in known and (dataset != folder.name or not (folder / "meta.json").exists()):
-            raise ValueError(f"there is no dataset {brief(dataset)} in {data_dir}")
+        if dataset not in known and (dataset != folder.name or not (folder / 'meta.json').exists()):
+            raise ValueError(f'there is no dataset {brief(dataset)} in {data_dir}')
         return open_folder(folder)
     except (OSError, ValueError) as error:
         if dataset not in known:
             raise ValueError(f"{error} (data/ can prepare {', '.join(known)})") from None
-        out = f" --out {folder}" if Path(data_dir).resolve() != DATA_DIR else ""
-        raise ValueError(f"{error}: run python data/{dataset}/prepare.py{out}") from None
+        out = f' --out {folder}' if Path(data_dir).resolve() != DATA_DIR else ''
+        raise ValueError(f'{error}: run python data/{dataset}/prepare.py{out}') from None
 
 
 def open_folder(folder):
     """The Corpus in a folder, checked as open_corpus says. ValueError or OSError if it is not whole."""
-    meta = read_meta(folder / "meta.json")
+    meta = read_meta(folder / 'meta.json')
     splits = {}
-    for split in ("train", "val"):
-        files = meta["splits"][split]["files"]
-        splits[split] = Tokens([folder / file["name"] for file in files], meta["vocab_size"])
+    for split in ('train', 'val'):
+        files = meta['splits'][split]['files']
+        splits[split] = Tokens([folder / file['name'] for file in files], meta['vocab_size'])
         for file, found in zip(files, map(len, splits[split].arrays)):
-            if found != file["tokens"]:
+            if found != file['tokens']:
                 raise ValueError(f"{folder / file['name']} holds {found} tokens of uint16, meta.json says "
                                  f"{file['tokens']}")
-    if splits["val"].describe()["sha256"] != meta["splits"]["val"]["sha256"]:
-        raise ValueError(f"the validation tokens in {folder} are not those that meta.json describes")
-    return Corpus(folder.name, meta, meta["vocab_size"], **splits)
+    if splits['val'].describe()['sha256'] != meta['splits']['val']['sha256']:
+        raise ValueError(f'the validation tokens in {folder} are not those that meta.json describes')
+    return Corpus(folder.name, meta, meta['vocab_size'], **splits)
 
 
 def read_meta(path):
     """meta.json as a dict, every key that a run relies on checked. ValueError if one is missing or wrong."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise ValueError(f'{path} is missing')
     try:
         meta = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not JSON") from None
+        raise ValueError(f'{path} is not JSON') from None
     fault = find_fault(meta)
     if fault:
-        raise ValueError(f"{path}: {fault}")
+        raise ValueError(f'{path}: {fault}')
     return meta
 
 
 def find_fault(meta):
     """What is wrong with the contents of a meta.json, in words, or None."""
     if not isinstance(meta, dict):
-        return "it must be a JSON object"
-    for key in ("dataset", "corpus", "tokenizer"):
+        return 'it must be a JSON object'
+    for key in ('dataset', 'corpus', 'tokenizer'):
         if not isinstance(meta.get(key), str):
-            return f"{key} must be a string, not {brief(meta.get(key))}"
-    if meta.get("dtype") != "uint16":
+            return f'{key} must be a string, not {brief(meta.get(key))}'
+    if meta.get('dtype') != 'uint16':
         return f"dtype must be 'uint16', not {brief(meta.get('dtype'))}"
-    chars = meta.get("chars")
-    if meta["tokenizer"] == "char":
+    chars = meta.get('chars')
+    if meta['tokenizer'] == 'char':
         if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
-            return f"chars must be the alphabet as one sorted string, not {brief(chars)}"
-    elif meta["tokenizer"] not in VOCAB_SIZES:
+            return f'chars must be the alphabet as one sorted string, not {brief(chars)}'
+    elif meta['tokenizer'] not in VOCAB_SIZES:
         return f"tokenizer must be byte, gpt2 or char, not {brief(meta['tokenizer'])}"
-    vocab_size = VOCAB_SIZES.get(meta["tokenizer"]) or len(chars)
-    if type(meta.get("vocab_size")) is not int or meta["vocab_size"] != vocab_size:
+    vocab_size = VOCAB_SIZES.get(meta['tokenizer']) or len(chars)
+    if type(meta.get('vocab_size')) is not int or meta['vocab_size'] != vocab_size:
         return f"vocab_size must be {vocab_size} for this tokenizer, not {brief(meta.get('vocab_size'))}"
-    splits = meta.get("splits")
-    if not isinstance(splits, dict) or not all(isinstance(splits.get(key), dict) for key in ("train", "val")):
-        return "splits must hold the objects train and val"
-    fault = find_fault_in_split(splits["train"], vocab_size) or find_fault_in_split(splits["val"], vocab_size)
+    splits = meta.get('splits')
+    if not isinstance(splits, dict) or not all(isinstance(splits.get(key), dict) for key in ('train', 'val')):
+        return 'splits must hold the objects train and val'
+    fault = find_fault_in_split(splits['train'], vocab_size) or find_fault_in_split(splits['val'], vocab_size)
     if fault:
-        return f"splits: {fault}"
-    names = [file["name"] for split in ("train", "val") for file in splits[split]["files"]]
+        return f'splits: {fault}'
+    names = [file['name'] for split in ('train', 'val') for file in splits[split]['files']]
     if len(set(names)) < len(names):
-        return "splits: a file is named twice"
-    if not isinstance(splits["val"].get("sha256"), str):
+        return 'splits: a file is named twice'
+    if not isinstance(splits['val'].get('sha256'), str):
         return f"splits: val's sha256 must be a string, not {brief(splits['val'].get('sha256'))}"
 
 
 def find_fault_in_split(split, vocab_size):
-    files, total, largest = (split.get(key) for key in ("files", "tokens", "max_token"))
+    files, total, largest = (split.get(key) for key in ('files', 'tokens', 'max_token'))
     if not isinstance(files, list) or not files or not all(isinstance(file, dict) for file in files):
-        return f"files must be a list of objects with name and tokens, not {brief(files)}"
-    for name, tokens in ((file.get("name"), file.get("tokens")) for file in files):
+        return f'files must be a list of objects with name and tokens, not {brief(files)}'
+    for name, tokens in ((file.get('name'), file.get('tokens')) for file in files):
         # a plain name, so that nothing in meta.json leads out of its folder
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-            return f"a file must have a plain name, not {brief(name)}"
+        if not isinstance(name, str) or name in ('', '.', '..') or set(name) & set('/\\\0'):
+            return f'a file must have a plain name, not {brief(name)}'
         if type(tokens) is not int or tokens < 1:
-            return f"tokens of {brief(name)} must be a positive whole number, not {brief(tokens)}"
-    if type(total) is not int or total != sum(file["tokens"] for file in files) or total < 2:
-        return f"tokens must be the sum over the files and at least 2, not {brief(total)}"
+            return f'tokens of {brief(name)} must be a positive whole number, not {brief(tokens)}'
+    if type(total) is not int or total != sum(file['tokens'] for file in files) or total < 2:
+        return f'tokens must be the sum over the files and at least 2, not {brief(total)}'
     if type(largest) is not int or not 0 <= largest < vocab_size:
-        return f"max_token must be below the vocabulary of {vocab_size}, not {brief(largest)}"
+        return f'max_token must be below the vocabulary of {vocab_size}, not {brief(largest)}'
 
 
 @contextmanager
 def atomic_write(path):
     """Opens a temporary file beside `path` for bytes. If the block ends well it is flushed to the disk and
     renamed to `path`, which is whole at every moment, old or new; if the block raises, it is removed."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + '.tmp')
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -293,12 +293,12 @@ def write_corpus(out, meta, splits):
     meta: meta.json but for dtype and splits; splits: {"train": arrays, "val": arrays}, iterables of uint16
     arrays, each consumed once. ValueError as write_meta's."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)  # until the new one is written this folder must not open
+    (out / 'meta.json').unlink(missing_ok=True)  # until the new one is written this folder must not open
     for split, arrays in splits.items():
-        with atomic_write(out / f"{split}.bin") as file:
+        with atomic_write(out / f'{split}.bin') as file:
             for tokens in arrays:
                 file.write(tokens.astype(TOKEN).tobytes())
-    write_meta(out, meta, {split: [f"{split}.bin"] for split in splits})
+    write_meta(out, meta, {split: [f'{split}.bin'] for split in splits})
 
 
 def write_meta(out, meta, names):
@@ -306,16 +306,16 @@ def write_meta(out, meta, names):
 
     ValueError if one is no token file, holds a token outside the vocabulary, or a split is too short."""
     splits = {}
-    for split in ("train", "val"):
-        tokens = Tokens([out / name for name in names[split]], meta["vocab_size"])
-        files = [{"name": name, "tokens": len(array)} for name, array in zip(names[split], tokens.arrays)]
-        splits[split] = {"files": files, **tokens.describe()}
-    meta = {**meta, "dtype": "uint16", "splits": splits}
+    for split in ('train', 'val'):
+        tokens = Tokens([out / name for name in names[split]], meta['vocab_size'])
+        files = [{'name': name, 'tokens': len(array)} for name, array in zip(names[split], tokens.arrays)]
+        splits[split] = {'files': files, **tokens.describe()}
+    meta = {**meta, 'dtype': 'uint16', 'splits': splits}
     fault = find_fault(meta)
     if fault:
-        raise ValueError(f"{out} cannot be a corpus: {fault}")
-    with atomic_write(out / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode() + b"\n")
+        raise ValueError(f'{out} cannot be a corpus: {fault}')
+    with atomic_write(out / 'meta.json') as file:
+        file.write(json.dumps(meta, indent=1).encode() + b'\n')
 
 
 def is_prepared(out, meta):
@@ -331,26 +331,26 @@ def is_prepared(out, meta):
 def parts_folder(out, meta):
     """Gives the folder out/parts for what a long preparation has finished, removed if the block ends well.
 
-    `meta` is noted there. ValueError if it differs from an earlier start's, whose parts would not fit, or if another
-    process is preparing in `out`."""
+    `meta` is noted there. ValueError if parts of an earlier start with another are there, or if another process
+    is preparing in `out`."""
     import fcntl  # not on every system where a run reads a corpus
-    parts = out / "parts"
+    parts = out / 'parts'
     parts.mkdir(parents=True, exist_ok=True)
-    with open(parts / "lock", "w") as lock:
+    with open(parts / 'lock', 'w') as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf's locks do not pass to forked processes
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"another process is preparing a corpus in {out}") from None
+                raise ValueError(f'another process is preparing a corpus in {out}') from None
             # else a file system without locks, where the caution is the user's
-        plan, note = parts / "plan.json", json.dumps(meta).encode()
-        if not plan.exists():
-            for path in parts.glob("*.bin"):
+        plan, note = parts / 'plan.json', json.dumps(meta).encode()
+        if not plan.exists() or plan.read_bytes() != note:
+            if plan.exists() and any(parts.glob('*.bin')):
+                raise ValueError(f'{parts} is unfinished work of another command: delete it or change --out')
+            for path in parts.glob('*.bin'):
                 path.unlink()
             with atomic_write(plan) as file:
                 file.write(note)
-        elif plan.read_bytes() != note:
-            raise ValueError(f"{parts} is another command's unfinished work: delete it or choose another --out")
         yield parts
     shutil.rmtree(parts)
 
@@ -359,30 +359,30 @@ def hub_revision(repo, out):
     """The commit of a Hugging Face dataset that an earlier start in `out` has taken, else the newest one.
 
     ValueError if that has to be asked for and the hub does not answer."""
-    for path in (out / "meta.json", out / "parts" / "plan.json"):
+    for path in (out / 'meta.json', out / 'parts' / 'plan.json'):
         try:
-            source = json.loads(path.read_bytes())["source"]
-            if source["dataset"] == repo:
-                return source["revision"]
+            source = json.loads(path.read_bytes())['source']
+            if source['dataset'] == repo:
+                return source['revision']
         except (OSError, ValueError, LookupError, TypeError):
             pass  # nothing is noted there
     from huggingface_hub import HfApi
     try:
         return HfApi().dataset_info(repo).sha
     except Exception as error:  # of whichever network library this release of huggingface_hub uses
-        raise ValueError(f"cannot reach {repo} on the Hugging Face hub ({error})") from None
+        raise ValueError(f'cannot reach {repo} on the Hugging Face hub ({error})') from None
 
 
 class Parser(argparse.ArgumentParser):
-    """A prepare script's flags: --out and what the script adds. What it refuses is a ValueError of one line."""
+    """A prepare script's flags: --out and what the script adds. What it refuses is a one-line ValueError."""
 
     def __init__(self, script, doc):
-        super().__init__(description=doc.split("\n")[0])
-        self.add_argument("--out", type=Path, default=Path(script).resolve().parent,
+        super().__init__(description=doc.split('\n')[0])
+        self.add_argument('--out', type=Path, default=Path(script).resolve().parent,
                           help="folder to write to (default: this script's)")
 
     def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
+        raise ValueError(f'{message} (--help lists the flags)')
 
 
 def plainly(main):
@@ -390,7 +390,7 @@ def plainly(main):
     try:
         main()
     except (OSError, ValueError) as error:
-        where = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-        raise SystemExit(" ".join(where.split())) from None
+        where = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else str(error)
+        raise SystemExit(' '.join(where.split())) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from what is finished") from None
+        raise SystemExit('stopped; the same command goes on from what is finished') from None

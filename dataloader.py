@@ -24,11 +24,11 @@ class TrainLoader:
 
     def __init__(self, tokens, block_size, windows_per_step, seed, ddp_rank, ddp_size, batch_size, device):
         if windows_per_step % ddp_size:
-            raise ValueError(f"batch_size x gradient_accumulation_steps = {windows_per_step} windows "
-                             f"do not divide by {ddp_size} data-parallel processes")
+            raise ValueError(f'batch_size x gradient_accumulation_steps = {windows_per_step} windows '
+                             f'do not divide by {ddp_size} data-parallel processes')
         if len(tokens) <= block_size:
-            raise ValueError(f"the training split has {len(tokens)} tokens, one window of block_size "
-                             f"{block_size} needs {block_size + 1}")
+            raise ValueError(f'the training split has {len(tokens)} tokens, one window of block_size '
+                             f'{block_size} needs {block_size + 1}')
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.windows_per_step, self.share = windows_per_step, windows_per_step // ddp_size
         self.first = ddp_rank * self.share
@@ -52,7 +52,7 @@ class TrainLoader:
         share = self.prefetched[1].result()  # raises here what the thread met
         self._prefetch(step + 1)
         for i in range(0, self.share, self.micro_batch):
-            yield tuple(part[i:i + self.micro_batch].to(self.device, non_blocking=self.device.type == "cuda")
+            yield tuple(part[i:i + self.micro_batch].to(self.device, non_blocking=self.device.type == 'cuda')
                         for part in share)
 
     def _prefetch(self, step):
@@ -65,9 +65,9 @@ class TrainLoader:
         try:
             starts = self.window_starts(step)[self.first:self.first + self.share]
             windows = self.tokens.read_windows(starts, self.block_size + 1)  # (share, T + 1)
-            x, y = (torch.from_numpy(part.astype(np.int64, order="C"))
+            x, y = (torch.from_numpy(part.astype(np.int64, order='C'))
                     for part in (windows[:, :-1], windows[:, 1:]))  # (share, T)
-            future.set_result((x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y))
+            future.set_result((x.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' else (x, y))
         except BaseException as error:
             future.set_exception(error)
 

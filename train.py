@@ -509,9 +509,9 @@ class Run:
         now.iter += 1
         self.timed.append(time.perf_counter() - began)
         now.seconds += self.timed[-1]
-        self.count_failure(loss, norm, lr)
         if now.iter % config.log_interval == 0 or now.iter == config.max_iters:
             self.log_step(loss, norm, lr)
+        self.count_failure(loss, norm, lr)
         return stopping
 
     def count_failure(self, loss, norm, lr):

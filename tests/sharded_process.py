@@ -1,8 +1,8 @@
 """
 What the processes that test_sharded.py starts do, and how they are started.
 
-`measure` writes down what one process of a sharded group sees. The tests judge it by the simulated run's numbers,
-which come from the same functions with `ranks` None. What fails in a process fails its launch.
+`measure` writes down what one process of a sharded group sees. The tests judge that by the simulated run's
+numbers, which come from the same functions with `ranks` None. What fails in a process fails its launch.
 """
 import multiprocessing
 import os
@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import train  # noqa: E402
 from configurator import load  # noqa: E402
-from model import GPT, count_all_reduces, join_shards  # noqa: E402
+from model import GPT, count_all_reduces, join_shards, take_shard  # noqa: E402
 
 B, T, V = 2, 5, 29                      # no tp_size divides V
 STEPS = 20
 
 # processes are forked from a server that has imported all of this: a launch takes no seconds
-os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
 context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['pytest', 'sharded_process'])
 
@@ -50,12 +50,13 @@ def begin(environment, output, target, args):
 def launch(folder, processes, target, *args, timeout=60):
     """
     Runs target(*args) in so many processes with torchrun's environment. Like torchrun it kills the others once
-    one has failed; and all after `timeout` seconds.
+    one has failed; and all of them after `timeout` seconds.
 
     Returns (status, stdout, stderr): the exit status of the first to fail, 0 if none did, None after a timeout.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = dict(WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    os.environ.setdefault('PYTHONPATH', PATHS)      # the server's
     started = []
     for i in range(processes):
         mine = environment | dict(RANK=str(i), LOCAL_RANK=str(i))
@@ -107,94 +108,30 @@ def batches(step, n, place):
 
 
 def training(config, place, ranks, ddp_group):
-    """(loss, grad norm) of float32 steps of two micro-batches: (STEPS, 2)"""
+    """(loss, grad norm) of float32 steps of two micro-batches, (STEPS, 2), and the weights they end with."""
     net, seen = network(config, place, ranks, ddp_group, torch.float32), []
     for step in range(STEPS):
         lr = train.learning_rate(step, config)
         seen.append(train.train_step(net, batches(step, 2, place), lr, config, place)[:2])
-    return torch.tensor(seen)
+    return {'steps': torch.tensor(seen)} | {name: p.detach() for name, p in net.raw.named_parameters()}
 
 
 def first_step(config, place, ranks, ddp_group):
-    """
-    A float64 step of four micro-batches: its loss, its norm and the dense network's gradients as the optimizer
-    gets them, by name. And from before it the loss in eval mode and the logits.
-    """
-    net, steps, seen = network(config, place, ranks, ddp_group, torch.float64), batches(0, 4, place), {}
+    """A clipped float64 step of four micro-batches: loss, norm, and the gradients that the optimizer gets."""
+    net, seen = network(config, place, ranks, ddp_group, torch.float64), {}
 
     def keep_gradients(*_):
-        for name, p in net.raw.named_parameters():
-            seen[name] = join_shards(name, p.grad, net.raw.ranks).clone()
+        seen.update((name, p.grad.clone()) for name, p in net.raw.named_parameters())
 
     net.optimizer.register_step_pre_hook(keep_gradients)
     torch.manual_seed(3)                # dropout's masks
-    loss, norm, _ = train.train_step(net, steps, 0.0, config, place)
-    seen |= {'loss': torch.tensor(loss), 'norm': torch.tensor(norm)}
-    return seen
+    loss, norm, _ = train.train_step(net, batches(0, 4, place), 1e-3, config, place)
+    return seen | {'loss': torch.tensor(loss), 'norm': torch.tensor(norm)}
 
 
 def answers(config, place, ranks, ddp_group):
-    """The float64 loss in eval mode and the logits, of the same batch for all."""
-    raw, (x, y) = network(config, place, ranks, ddp_group, torch.float64).raw.eval(), batches(0, 4, place)[-1]
+    """The loss in eval mode and the logits, in float64: of the same batch for all."""
+    raw = network(config, place, ranks, ddp_group, torch.float64).raw.eval()
+    x, y = batches(0, 4, place._replace(groups=[place.groups[0]]))[-1] if False else batches(0, 4, place)[-1]
     with torch.no_grad():
         return {'loss': raw(x, y)[1], 'logits': raw(x)[0]}
-
-
-# what really went over the wire
-
-
-class Messages(TorchDispatchMode):
-    """Records collectives, as torch.distributed's operators are called: (operator, shape, dtype, among whom)."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == 'c10d':
-            group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
-            for tensor in args[0]:
-                self.sent.append((str(func), tuple(tensor.shape), tensor.dtype,
-                                  dist.get_process_group_ranks(group)))
-        return func(*args, **(kwargs or {}))
-
-
-def messages(config, place, ranks, ddp_group):
-    """The messages of a micro-batch and of a whole step, by phase, and what f_op and g_op counted in the first."""
-    net = network(config, place, ranks, ddp_group, torch.float32)
-    steps = batches(0, 4, place)
-    phases = {name: Messages() for name in ('forward', 'backward', 'gradients', 'step')}
-    with count_all_reduces() as counted:
-        with phases['forward'], train.autocast(config, place):
-            loss = net.raw(*steps[0])[1]
-        with phases['backward']:
-            loss.backward()
-    with phases['gradients']:
-        net.raw.sum_replicated_gradients()
-        net.raw.gradient_norm()
-    net.raw.zero_grad()
-    with phases['step']:
-        train.train_step(net, steps, 1e-3, config, place)
-    return {name: phase.sent for name, phase in phases.items()} | vars(counted)
-
-
-def shards(config, place, ranks, ddp_group):
-    """This process's initial weights, and the dense ones joined from all."""
-    raw = network(config, place, ranks, ddp_group, torch.float32).raw
-    mine = {name: p.detach() for name, p in raw.named_parameters()}
-    return {'mine': mine, 'joined': {name: join_shards(name, p, raw.ranks) for name, p in mine.items()}}
-
-
-def measure(folder, tp_size, cases):
-    """
-    Writes {case: what this process saw} of one group, where a case is (function, config's name, bias, *flags).
-    """
-    seen = {}
-    for function, name, bias, *flags in cases:
-        config = config_of(name, tp_size, bias, '--shard=True', *flags)
-        place = train.find_place(config)
-        if not dist.is_initialized():
-            groups = train.connect(config, place)
-        seen[function, name, bias, *flags] = globals()[function](config, place, *groups)
-    torch.save(seen, folder / f'{place.process}.pt')
-    dist.destroy_process_group()

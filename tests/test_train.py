@@ -6,9 +6,11 @@ and nothing wrong accepted.
 
 Runs are tiny and mostly made in this process; real signals, torchrun and W&B without a key get processes of their own.
 """
+import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -182,8 +184,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(undisturbed, tmp_path, number, st
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize('step', [0, 19, 39])
+@pytest.mark.parametrize('number, step', [(signal.SIGTERM, 0), (signal.SIGINT, 19), (signal.SIGUSR1, 39)])
 def test_a_signal_saves_and_leaves_after_the_step_it_meets(undisturbed, tmp_path, monkeypatch, number, step):
     stop_at(monkeypatch, step, lambda: os.kill(os.getpid(), number))
     assert run(tmp_path, *DROPOUT) == train.RESUMABLE == 75
@@ -324,7 +325,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     message = refused(tmp_path, *TINY, '--learning_rate=0.5', '--min_lr=0.1')
     assert all(word in message for word in ('step 5', 'nan', 'inf', '4.17e-01', '--learning_rate'))
     assert info(tmp_path)['state'] == 'failed' and checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 0
-    assert metrics(tmp_path)[-1] == dict(iter=5, train_loss=None, grad_norm=None, lr=0.5 * 5 / 6, skipped=5)
+    assert metrics(tmp_path)[4] == dict(iter=4, train_loss=None, grad_norm=None, lr=0.5 * 4 / 6, skipped=4)
     bad = iter([True, True, True, True, False] * 8)
     monkeypatch.setattr(train, 'train_step', lambda *args, **kw: (
         (math.nan, 1.0, False) if next(bad) else real(*args, **kw)))
@@ -548,23 +549,42 @@ def test_a_run_goes_on_under_another_recipe_with_a_warning(copy_of_crashed, caps
 # faults on the way
 
 
-def test_a_checkpoint_that_cannot_be_written_is_warned_of(undisturbed, tmp_path, monkeypatch, capsys):
-    real = torch.save
+@contextlib.contextmanager
+def full_disk(size):
+    """No file of this process grows beyond `size` bytes: a write that would raises OSError, as on a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    def save(state, file):
-        if state['iter'] == 20:
-            file.write(b'half')
-            raise OSError(28, 'No space left on device')
-        real(state, file)
-    monkeypatch.setattr(torch, 'save', save)
+
+def test_a_checkpoint_that_cannot_be_written_is_warned_of(undisturbed, tmp_path, monkeypatch, capsys):
+    real = checkpoint.save
+
+    def save(out_dir, state, best):
+        with full_disk(300_000) if state['iter'] == 20 else contextlib.nullcontext():
+            real(out_dir, state, best)
+    monkeypatch.setattr(checkpoint, 'save', save)
     stop_at(monkeypatch, 26, crash)
     with pytest.raises(Crash):
         run(tmp_path, *DROPOUT)
     out = capsys.readouterr().out
-    assert 'warning' in out and 'step 20' in out and 'No space left on device' in out
+    assert 'warning: no checkpoint at step 20' in out
     assert checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 10
     monkeypatch.undo()
     assert run(tmp_path, *DROPOUT, '--init_from=resume') == 0
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_run_outlives_a_disk_that_is_full_for_a_while(undisturbed, tmp_path, monkeypatch, capsys):
+    disk = contextlib.ExitStack()
+    stop_at(monkeypatch, 12, lambda: disk.enter_context(full_disk(100)))
+    stop_at(monkeypatch, 25, disk.close)
+    with disk:
+        assert run(tmp_path, *DROPOUT) == 0
+    assert 'warning' in capsys.readouterr().out
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -576,8 +596,8 @@ def test_a_disk_without_hard_links_keeps_both_checkpoints(tmp_path, monkeypatch)
     assert {checkpoint.load(tmp_path / name)['iter'] for name in ('ckpt.pt', 'ckpt-best.pt')} == {12}
 
 
-@pytest.mark.parametrize('state', ['running', 'finished'])
-def test_a_run_json_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch, capsys, state):
+@pytest.mark.parametrize('state', ['finished', 'resumable'])
+def test_a_run_json_that_cannot_be_written_is_warned_of(tmp_path, monkeypatch, capsys, state):
     real = checkpoint.write_json
 
     def write_json(path, value):
@@ -585,10 +605,12 @@ def test_a_run_json_that_cannot_be_written_ends_no_training(tmp_path, monkeypatc
             raise OSError(28, 'No space left on device')
         real(path, value)
     monkeypatch.setattr(checkpoint, 'write_json', write_json)
-    assert run(tmp_path, *TINY, '--max_iters=12') == 0
+    if state == 'resumable':
+        stop_at(monkeypatch, 2, lambda: train.signals.append(signal.SIGTERM))
+    assert run(tmp_path, *TINY, '--max_iters=3') == (75 if state == 'resumable' else 0)
     out = capsys.readouterr().out
     assert 'warning' in out and 'No space left on device' in out
-    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 12
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 3
 
 
 @pytest.mark.parametrize('error', [AssertionError(), RuntimeError('\nno compiler\nat all')])
@@ -644,16 +666,13 @@ def test_windows_that_do_not_divide_by_the_processes_are_refused(tmp_path, monke
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('processes', [None, 2])
-def test_an_out_dir_that_cannot_be_written_gets_one_line_on_stderr(tmp_path, processes):
+def test_under_torchrun_only_the_first_process_says_what_is_wrong(tmp_path):
     (tmp_path / 'file').touch()
-    process = start(tmp_path / 'file/out', *TINY, processes=processes)
+    process = start(tmp_path / 'file/out', *TINY, processes=2)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and out == ''
-    lines = err.splitlines()
-    assert [line for line in lines if line.startswith('error: ')] == [line for line in lines if 'out_dir' in line]
-    assert len(lines) == 1 if processes is None else sum('error: ' in line for line in lines) == 1
-    assert 'cannot be written' in err and 'train.py", line' not in err
+    assert process.returncode == 1 and out == '' and 'train.py", line' not in err
+    line, = (line for line in err.splitlines() if 'out_dir is' in line)
+    assert line.startswith('error: ') and 'cannot be written' in line
 
 
 # weights & biases
@@ -671,10 +690,8 @@ def wandb_records(path):
         whole += data[at + 7:at + 7 + size]
         at += 7 + size
         if kind in (1, 4):                  # a whole record, or the last part of one
-            record, whole = Record(), b''.join([whole])
-            record.ParseFromString(whole)
+            yield Record.FromString(whole)
             whole = b''
-            yield record
 
 
 def wandb_history(path):
@@ -729,14 +746,15 @@ class FailingWandb:
         return call
 
 
-@pytest.mark.parametrize('fails', ['login', 'init', 'define_metric', 'log', 'finish'])
-@pytest.mark.parametrize('error', [OSError('no\nnetwork'), RuntimeError()])
-def test_training_outlives_wandb(undisturbed, tmp_path, monkeypatch, capsys, fails, error):
+@pytest.mark.parametrize('fails, error', [
+    ('login', RuntimeError()), ('init', OSError('no\nnetwork')), ('define_metric', RuntimeError()),
+    ('log', OSError('no\nnetwork')), ('finish', RuntimeError())])
+def test_training_outlives_wandb(tmp_path, monkeypatch, capsys, fails, error):
     monkeypatch.setitem(sys.modules, 'wandb', FailingWandb(fails, error))
-    assert run(tmp_path, *DROPOUT, '--wandb_log=True') == 0
+    assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=3') == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if 'W&B' in line or 'network' in line]
     assert len(lines) == 1 and lines[0].startswith('warning: ') and type(error).__name__ in lines[0]
-    assert_same_run(tmp_path, undisturbed)
+    assert info(tmp_path)['state'] == 'finished' and [line['iter'] for line in metrics(tmp_path)] == [0, 1, 2, 3, 3]
 
 
 def test_training_does_without_wandb_where_it_is_not_installed(tmp_path, monkeypatch, capsys):

@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from corpus import (HEADER_BYTES, MAGIC, VOCAB_SIZES, Parser, find_tokens, hub_revision, is_prepared,
                     parts_folder, plainly, write_meta)
 
-REPO = "kjj0/fineweb10B-gpt2"
+REPO = 'kjj0/fineweb10B-gpt2'
 SHARDS = 103
 
 
 def check_shard(path):
     """ValueError if this is not a whole shard: magic, version, count and size."""
     if find_tokens(path)[0] != HEADER_BYTES:
-        raise ValueError(f"{path} is no FineWeb shard: its header does not begin with the magic number {MAGIC}")
+        raise ValueError(f'{path} is no FineWeb shard: it does not begin with the magic number {MAGIC}')
 
 
 def is_shard(path):
@@ -35,13 +35,13 @@ def is_shard(path):
 
 
 def download(names, revision, out, parts):
-    """Brings the shards that are missing or damaged in `out` there. ValueError if the hub fails or sends another."""
+    """Brings the shards to `out` that are not whole there. ValueError if the hub fails or sends no shard."""
     from huggingface_hub import hf_hub_download
-    for name in tqdm([name for name in names if not is_shard(out / name)], "shards"):
+    for name in tqdm([name for name in names if not is_shard(out / name)], 'shards'):
         try:
-            path = Path(hf_hub_download(REPO, name, repo_type="dataset", revision=revision, local_dir=parts))
+            path = Path(hf_hub_download(REPO, name, repo_type='dataset', revision=revision, local_dir=parts))
         except Exception as error:  # of whichever network library this release of huggingface_hub uses
-            raise ValueError(f"cannot download {name} of {REPO} ({error}): the same command goes on") from None
+            raise ValueError(f'cannot download {name} from {REPO} ({error}): run it again') from None
         if not is_shard(path):
             path.unlink()
         check_shard(path)
@@ -49,7 +49,7 @@ def download(names, revision, out, parts):
 
 
 def link(names, folder, out):
-    """Symbolic links in `out` to the shards in another folder. ValueError if one is missing there or damaged."""
+    """Makes symbolic links in `out` to the shards in another folder. ValueError if one is not whole there."""
     for name in names:
         check_shard(folder / name)
         if (out / name).resolve() != (folder / name).resolve():
@@ -59,32 +59,31 @@ def link(names, folder, out):
 
 def main():
     parser = Parser(__file__, __doc__)
-    parser.add_argument("--shards", type=int, metavar="N", help=f"training shards to take (default: all, which are "
-                        f"{SHARDS} on the hub; 20,000 steps need 99)")
-    parser.add_argument("--input", type=Path, metavar="DIR", help="a folder with the shards, instead of the hub")
+    parser.add_argument('--shards', type=int, metavar='N', help='training shards to take (default: all, on the '
+                        f'hub {SHARDS} ; 20,000 steps need 99)')
+    parser.add_argument('--input', type=Path, metavar='DIR', help='folder with the shards, instead of the hub')
     args = parser.parse_args()
-    there = len(list(args.input.glob("fineweb_train_*.bin"))) if args.input else SHARDS
+    there = len(list(args.input.glob('fineweb_train_*.bin'))) if args.input else SHARDS
     shards = there if args.shards is None else args.shards
     if not 1 <= shards <= there:
-        raise ValueError(f"there are {there} training shards in {args.input or REPO}, --shards={shards} is not "
-                         "one of 1 to that many")
-    train, val = [f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1)], ["fineweb_val_000000.bin"]
-    source = {"input": str(args.input.resolve())} if args.input else {
-        "dataset": REPO, "revision": hub_revision(REPO, args.out)}
-    meta = {"dataset": "fineweb", "corpus": "FineWeb-10B", "source": source,
-            "tokenizer": "gpt2", "vocab_size": VOCAB_SIZES["gpt2"]}
-    if is_prepared(args.out, {**meta, "shards": shards}):
-        print(f"{args.out} is already prepared")
+        raise ValueError(f'--shards={shards} must be from 1 to the {there} there are in {args.input or REPO}')
+    train, val = [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)], ['fineweb_val_000000.bin']
+    source = {'input': str(args.input.resolve())} if args.input else {
+        'dataset': REPO, 'revision': hub_revision(REPO, args.out)}
+    meta = {'dataset': 'fineweb', 'corpus': 'FineWeb-10B', 'source': source,
+            'tokenizer': 'gpt2', 'vocab_size': VOCAB_SIZES['gpt2']}
+    if is_prepared(args.out, {**meta, 'shards': shards}):
+        print(f'{args.out} is already prepared')
         return
     with parts_folder(args.out, meta) as parts:
-        (args.out / "meta.json").unlink(missing_ok=True)  # what it said is no longer sure to be there
+        (args.out / 'meta.json').unlink(missing_ok=True)  # what it said is no longer sure to be there
         if args.input:
             link(val + train, args.input, args.out)
         else:
-            download(val + train, source["revision"], args.out, parts)
-        write_meta(args.out, {**meta, "shards": shards}, {"train": train, "val": val})
-    print(f"{args.out}: {shards} shards to train on, 1 to validate")
+            download(val + train, source['revision'], args.out, parts)
+        write_meta(args.out, {**meta, 'shards': shards}, {'train': train, 'val': val})
+    print(f'{args.out}: {shards} shards to train on, 1 to validate')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     plainly(main)

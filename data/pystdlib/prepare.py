@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from corpus import Parser, byte_encoding, encode_documents, is_prepared, plainly, write_corpus
 
 # Linux distributions and container images ship these apart or not at all
-OFTEN_MISSING = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle", "turtledemo", "venv"}
+OFTEN_MISSING = {'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'tkinter', 'turtle', 'turtledemo', 'venv'}
 # character tables and the help texts of `help()`: long, alike, and no program text
-TABLES = {"encodings", "pydoc_data"}
+TABLES = {'encodings', 'pydoc_data'}
 VAL_SHARE = 0.1
 
 
@@ -26,14 +26,14 @@ def find_modules(folder):
     """{posix path: file} of the standard library's modules in this folder, without tests and TABLES."""
     files = []
     for module in sys.stdlib_module_names - OFTEN_MISSING - TABLES:
-        files += [folder / f"{module}.py", *(folder / module).rglob("*.py")]
+        files += [folder / f'{module}.py', *(folder / module).rglob('*.py')]
     files = {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
-    return {name: path for name, path in files.items() if not {"test", "tests"} & set(name.split("/"))}
+    return {name: path for name, path in files.items() if not {'test', 'tests'} & set(name.split('/'))}
 
 
 def place_of(name):
     """A number in [0, 1) that a file's path alone decides."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big') / 2**64
 
 
 def read_source(path):
@@ -43,27 +43,27 @@ def read_source(path):
 
 def main():
     out = Parser(__file__, __doc__).parse_args().out
-    folder = Path(sysconfig.get_paths()["stdlib"])
+    folder = Path(sysconfig.get_paths()['stdlib'])
     modules = find_modules(folder)
     # in the order of their hashes, so that the first tokens of val are as mixed as all of it
     names = sorted(modules, key=place_of)
     val = [name for name in names if place_of(name) < VAL_SHARE]
     train = names[len(val):]
     if not val or not train:
-        raise ValueError(f"this Python has no sources of its standard library in {folder}")
+        raise ValueError(f'this Python has no sources of its standard library in {folder}')
     texts = {name: read_source(modules[name]) for name in names}
-    digest = hashlib.sha256("".join(f"{name}\n{texts[name]}" for name in names).encode()).hexdigest()
-    source = {"python": platform.python_version(), "files": len(names), "sha256": digest}
+    digest = hashlib.sha256(''.join(f'{name}\n{texts[name]}' for name in names).encode()).hexdigest()
+    source = {'python': platform.python_version(), 'files': len(names), 'sha256': digest}
     encoding = byte_encoding()
-    meta = {"dataset": "pystdlib", "corpus": f"Python {platform.python_version()} standard library sources",
-            "source": source, "tokenizer": "byte", "vocab_size": encoding.n_vocab}
+    meta = {'dataset': 'pystdlib', 'corpus': f'Python {platform.python_version()} standard library sources',
+            'source': source, 'tokenizer': 'byte', 'vocab_size': encoding.n_vocab}
     if is_prepared(out, meta):
-        print(f"{out} is already prepared")
+        print(f'{out} is already prepared')
         return
-    write_corpus(out, meta, {"train": [encode_documents(encoding, [texts[name]]) for name in train],
-                             "val": [encode_documents(encoding, [texts[name]]) for name in val]})
-    print(f"{out}: {len(train)} files in train.bin, {len(val)} in val.bin")
+    write_corpus(out, meta, {'train': [encode_documents(encoding, [texts[name]]) for name in train],
+                             'val': [encode_documents(encoding, [texts[name]]) for name in val]})
+    print(f'{out}: {len(train)} files in train.bin, {len(val)} in val.bin')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     plainly(main)

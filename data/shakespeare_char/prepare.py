@@ -13,8 +13,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from corpus import Parser, atomic_write, char_tokenizer, is_prepared, plainly, write_corpus
 
-URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 TRAIN_SHARE = 0.9
 
 
@@ -25,38 +25,38 @@ def download(path):
             with urlopen(URL, timeout=60) as answer:
                 data = answer.read()
         except OSError as error:
-            raise OSError(f"cannot download {URL} ({error}): give the text with --input FILE") from None
+            raise OSError(f'cannot download {URL} ({error}): give the text with --input FILE') from None
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(data)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise ValueError(f"{path} is not tiny Shakespeare: delete it, or give it as --input")
+        raise ValueError(f'{path} is not tiny Shakespeare: delete it, or give it as --input')
     return data
 
 
 def main():
     parser = Parser(__file__, __doc__)
-    parser.add_argument("--input", type=Path, help="a UTF-8 text file to take instead of the download")
+    parser.add_argument('--input', type=Path, help='a UTF-8 text file to take instead of the download')
     args = parser.parse_args()
-    source = {"sha256": hashlib.sha256(args.input.read_bytes()).hexdigest() if args.input else SHA256}
-    if is_prepared(args.out, {"dataset": "shakespeare_char", "source": source}):
-        print(f"{args.out} is already prepared")
+    source = {'sha256': hashlib.sha256(args.input.read_bytes()).hexdigest() if args.input else SHA256}
+    if is_prepared(args.out, {'dataset': 'shakespeare_char', 'source': source}):
+        print(f'{args.out} is already prepared')
         return
-    data = args.input.read_bytes() if args.input else download(args.out / "input.txt")
+    data = args.input.read_bytes() if args.input else download(args.out / 'input.txt')
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{args.input} is not UTF-8 text ({error})") from None
-    chars = "".join(sorted(set(text)))
+        raise ValueError(f'{args.input} is not UTF-8 text ({error})') from None
+    chars = ''.join(sorted(set(text)))
     tokens = np.array(char_tokenizer(chars).encode(text), dtype=np.uint16)
     train, val = np.split(tokens, [int(TRAIN_SHARE * len(tokens))])
-    name = "tiny Shakespeare" if source["sha256"] == SHA256 else args.input.name
-    meta = {"dataset": "shakespeare_char", "corpus": f"{name}, characters", "source": source,
-            "tokenizer": "char", "chars": chars, "vocab_size": len(chars)}
-    write_corpus(args.out, meta, {"train": [train], "val": [val]})
-    print(f"{args.out}: {len(train)} characters in train.bin, {len(val)} in val.bin, {len(chars)} different")
+    name = 'tiny Shakespeare' if source['sha256'] == SHA256 else args.input.name
+    meta = {'dataset': 'shakespeare_char', 'corpus': f'{name}, characters', 'source': source,
+            'tokenizer': 'char', 'chars': chars, 'vocab_size': len(chars)}
+    write_corpus(args.out, meta, {'train': [train], 'val': [val]})
+    print(f'{args.out}: {len(train)} characters in train.bin, {len(val)} in val.bin, {len(chars)} different')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     plainly(main)
