@@ -9,6 +9,7 @@ checkpoints.
 import fcntl
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -61,16 +62,20 @@ def save(out_dir, state, best):
     Writes ckpt.pt, keeping the one before as ckpt-previous.pt, and ckpt-best.pt where this is the best so
     far.
     """
-    names = ('', '-new', '-previous', '-best')
-    latest, new, previous, kept = (Path(out_dir) / f'ckpt{name}.pt' for name in names)
+    names = ('', '-new', '-previous', '-best', '-best-new')
+    latest, new, previous, kept, kept_new = (Path(out_dir) / f'ckpt{name}.pt' for name in names)
     with atomic_write(new) as file:
         torch.save(state, file)
-    if best:                            # a second name of the same file, which takes no room of its own
-        kept.unlink(missing_ok=True)
-        os.link(new, kept)
     if latest.exists():
         os.replace(latest, previous)
     os.replace(new, latest)
+    if best:
+        kept_new.unlink(missing_ok=True)
+        try:
+            os.link(latest, kept_new)   # a second name of the same file, which takes no room of its own
+        except OSError:                 # not every file system has such names
+            shutil.copyfile(latest, kept_new)
+        os.replace(kept_new, kept)
 
 
 def load(path):

@@ -331,8 +331,8 @@ def is_prepared(out, meta):
 def parts_folder(out, meta):
     """Gives the folder out/parts for what a long preparation has finished, removed if the block ends well.
 
-    `meta` is noted there. ValueError if parts of an earlier start with another are there, or if another process
-    is preparing in `out`."""
+    `meta` is noted there. ValueError if parts are there that an earlier start with another meta made, or if
+    another process is preparing in `out`."""
     import fcntl  # not on every system where a run reads a corpus
     parts = out / 'parts'
     parts.mkdir(parents=True, exist_ok=True)

@@ -57,8 +57,11 @@ class Log:
             return
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                 for key, value in line.items()}
-        self.metrics.write(json.dumps(line).encode() + b'\n')
-        self.metrics.flush()
+        try:
+            self.metrics.write(json.dumps(line).encode() + b'\n')
+            self.metrics.flush()
+        except OSError as error:        # what could not be written stays in the buffer, and goes with a later line
+            self.say(f'warning: metrics.jsonl cannot be written now: {error}')
         if self.wandb:
             charts = {CHARTS.get(key, key): value for key, value in line.items()}
             self.guard_wandb(lambda: self.wandb.log(charts))

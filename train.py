@@ -276,7 +276,7 @@ def compiled(model, micro_batch, config, place, say):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:          # compilers fail in many ways, and eager training needs none of them
-        reason = f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'
+        reason = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
     model.zero_grad(set_to_none=True)
     failures = total(torch.tensor(float(reason is not None), device=place.device), place)
     if failures.item() == 0:
@@ -465,8 +465,8 @@ class Run:
         start.
         """
         config, place, now = self.config, self.place, self.now
-        self.note_state('running')
         self.log = Log(config, place.first, self.info, now.iter, now.metrics_bytes, now.wandb_id)
+        self.note_state('running')
         for line in self.introduction() + lines:
             self.log.say(line)
         self.net.wrap(self.loader.micro_batch, ddp_group, config, place, self.log.say)
@@ -509,18 +509,16 @@ class Run:
         now.iter += 1
         self.timed.append(time.perf_counter() - began)
         now.seconds += self.timed[-1]
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.failures, now.skipped = (0, now.skipped) if finite else (self.failures + 1, now.skipped + 1)
         if now.iter % config.log_interval == 0 or now.iter == config.max_iters:
             self.log_step(loss, norm, lr)
-        self.count_failure(loss, norm, lr)
+        if self.failures:
+            self.speak_of_failure(loss, norm, lr)
         return stopping
 
-    def count_failure(self, loss, norm, lr):
-        """Ends the run once too many steps in a row had no finite gradient and so updated nothing."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.failures = 0
-            return
-        self.failures += 1
-        self.now.skipped += 1
+    def speak_of_failure(self, loss, norm, lr):
+        """Warns of a step that updated nothing, and ends the run after too many in a row."""
         what = f'step {self.now.iter}: loss {loss}, grad norm {norm}, lr {lr:.2e}'
         self.log.say(f'warning: {what}; this step updated nothing')
         # float16's loss scale starts too high on purpose, and comes down by such steps
@@ -551,7 +549,8 @@ class Run:
         now.evaluated = now.iter
         now.seconds += time.perf_counter() - began
         best = now.val_loss < now.best_val_loss
-        now.best_val_loss = min(now.val_loss, now.best_val_loss)
+        if best:                        # never so for a loss that is not a number
+            now.best_val_loss = now.val_loss
         self.log.write(iter=now.iter, val_loss=now.val_loss, val_tokens=tokens)
         note = ' (best)' if best else ''
         self.log.say(f'step {now.iter}: val loss {now.val_loss:.4f} over {tokens:,} tokens{note}')
@@ -563,14 +562,14 @@ class Run:
         state = dense_state(self.net) if self.place.ddp_rank == 0 else None
         if not self.place.first:
             return
-        self.now.metrics_bytes = self.log.flush()
-        self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
-        state.update(scaler=self.net.scaler.state_dict(), iter=self.now.iter, progress=asdict(self.now),
-                     config=vars(self.config), vocab_size=self.net.raw.config.vocab_size,
-                     corpus=self.corpus.meta)
         try:
+            self.now.metrics_bytes = self.log.flush()
+            self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
+            state.update(scaler=self.net.scaler.state_dict(), iter=self.now.iter, progress=asdict(self.now),
+                         config=vars(self.config), vocab_size=self.net.raw.config.vocab_size,
+                         corpus=self.corpus.meta)
             checkpoint.save(self.config.out_dir, state, best)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:        # torch.save makes the one of the other
             self.log.say(f'warning: no checkpoint at step {self.now.iter}, {error}; the last one is intact')
 
     def note_state(self, state):
@@ -578,7 +577,10 @@ class Run:
         if self.place.first:
             now = self.now
             self.info.update(state=state, iter=now.iter, val_loss=now.val_loss, seconds=now.seconds)
-            checkpoint.write_json(f'{self.config.out_dir}/run.json', self.info)
+            try:
+                checkpoint.write_json(f'{self.config.out_dir}/run.json', self.info)
+            except OSError as error:
+                self.log.say(f'warning: run.json does not say that the run is {state}: {error}')
 
 
 def smaller_batches(config):

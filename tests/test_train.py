@@ -123,6 +123,7 @@ def assert_same_run(out_dir, other):
     assert a['iter'] == b['iter'] and info(out_dir)['state'] == info(other)['state'] == 'finished'
     torch.testing.assert_close(a['model'], b['model'], rtol=0, atol=0)
     torch.testing.assert_close(a['optimizer']['state'], b['optimizer']['state'], rtol=0, atol=0)
+    assert a['scaler'] == b['scaler'] and a['progress']['best_val_loss'] == b['progress']['best_val_loss']
 
 
 def stop_at(monkeypatch, step, act):
@@ -203,6 +204,18 @@ def test_a_stop_before_the_first_new_line_keeps_the_metrics_whole(undisturbed, c
     assert run(copy_of_crashed, *sparse) == 0
     assert metrics(copy_of_crashed) == [
         line for line in metrics(undisturbed) if line['iter'] <= 20 or line['iter'] % 10 == 0]
+
+
+def test_the_loss_scale_is_resumed_too(tmp_path, monkeypatch):
+    flags = [*DROPOUT, '--dtype=float16', '--max_iters=12', '--eval_interval=5']
+    assert run(tmp_path / 'a', *flags) == 0
+    stop_at(monkeypatch, 7, crash)
+    with pytest.raises(Crash):
+        run(tmp_path / 'b', *flags)
+    monkeypatch.undo()
+    assert run(tmp_path / 'b', *flags, '--init_from=resume') == 0
+    assert_same_run(tmp_path / 'a', tmp_path / 'b')
+    assert checkpoint.load(tmp_path / 'b/ckpt.pt')['scaler']['_growth_tracker'] == 12
 
 
 def test_one_or_two_processes_with_accumulation_and_an_interruption(tmp_path):
@@ -707,6 +720,7 @@ def test_wandb_offline_has_every_step_under_one_id_across_a_resume(tmp_path, mon
     monkeypatch.setenv('WANDB_CONSOLE', 'off')
     stop_at(monkeypatch, 16, lambda: train.signals.append(signal.SIGTERM))
     assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=25') == 75
+    time.sleep(1)                           # W&B names its folders by the second
     assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=25', '--init_from=resume') == 0
     files = sorted(tmp_path.glob('wandb/offline-run-*/*.wandb'), key=lambda path: path.stat().st_mtime)
     (first, early), (second, late) = map(wandb_history, files)

@@ -59,11 +59,13 @@ def link(names, folder, out):
 
 def main():
     parser = Parser(__file__, __doc__)
-    parser.add_argument('--shards', type=int, metavar='N', help='training shards to take (default: all, on the '
-                        f'hub {SHARDS} ; 20,000 steps need 99)')
-    parser.add_argument('--input', type=Path, metavar='DIR', help='folder with the shards, instead of the hub')
+    parser.add_argument('--shards', type=int, metavar='N',
+                        help=f'training shards to take (default: all, {SHARDS} on the hub; 20k steps need 99)')
+    parser.add_argument('--input', type=Path, metavar='DIR', help='a folder of shards in place of the hub')
     args = parser.parse_args()
     there = len(list(args.input.glob('fineweb_train_*.bin'))) if args.input else SHARDS
+    if there == 0:
+        raise ValueError(f'there are no shards fineweb_train_*.bin in {args.input}')
     shards = there if args.shards is None else args.shards
     if not 1 <= shards <= there:
         raise ValueError(f'--shards={shards} must be from 1 to the {there} there are in {args.input or REPO}')
@@ -76,8 +78,8 @@ def main():
         print(f'{args.out} is already prepared')
         return
     with parts_folder(args.out, meta) as parts:
-        (args.out / 'meta.json').unlink(missing_ok=True)  # what it said is no longer sure to be there
         if args.input:
+            (args.out / 'meta.json').unlink(missing_ok=True)  # its shards may be about to become others
             link(val + train, args.input, args.out)
         else:
             download(val + train, source['revision'], args.out, parts)

@@ -50,7 +50,7 @@ def parse_args():
         raise ValueError(f'--workers={args.workers} must be at least 1')
     kinds = {path.suffix for path in args.input or []}
     if len(kinds) > 1 or kinds - KINDS.keys():
-        raise ValueError(f"--input takes one kind of file, {', '.join(KINDS)}, not {', '.join(sorted(kinds))}")
+        raise ValueError(f"--input takes files of one kind, {' '.join(KINDS)}, not {' '.join(sorted(kinds))}")
     args.name = ', '.join(map(str, args.input)) if args.input else REPO
     return args
 
@@ -88,7 +88,7 @@ def check_disk(builder, args):
         there = sum(need for other, need in needs if other.stat().st_dev == folder.stat().st_dev)
         free = shutil.disk_usage(folder).free
         if free < there:
-            raise ValueError(f'the disk of {folder} has {free / 1e9:.1f} GB free of {there / 1e9:.1f} needed: '
+            raise ValueError(f'{free / 1e9:.1f} GB are free at {folder}, {there / 1e9:.1f} GB needed there: '
                              'make room, choose another --out, or set HF_HOME to move the caches')
 
 
@@ -102,9 +102,9 @@ def load_documents(builder, args, revision):
         raise ValueError(f'datasets cannot read {args.name}: {type(error).__name__} {error}') from None
     if not args.input and len(documents) != args.rows:
         raise ValueError(
-            f'{REPO} at revision {revision} has {len(documents):,} documents, OpenWebText {args.rows:,}: take a '
-            'whole revision from its history on the hub with --revision=COMMIT, or, for a corpus of its own, '
-            f'comparable with no other, say --rows={len(documents)}')
+            f'{REPO} at revision {revision} has {len(documents):,} documents, OpenWebText {args.rows:,}: '
+            'take a whole revision from its history on the hub with --revision=COMMIT, or, for a corpus of its '
+            f'own, comparable with no other, say --rows={len(documents)}')
     columns = {field.name: str(field.type) for field in documents.features.arrow_schema}
     if columns.get('text') not in ('string', 'large_string'):
         raise ValueError(f'{args.name} must have a column text of strings, its columns are {columns}')
