@@ -401,7 +401,7 @@ def take_shard(name, full, ranks):
         return full
     dim, parts = sharding(name)
     by_process = full.unflatten(dim, (parts, ranks.processes, -1))
-    return by_process.select(dim + 1, ranks.index).flatten(dim, dim + 1)
+    return by_process.select(dim + 1, ranks.index).flatten(dim, dim + 1).contiguous()   # fused AdamW needs it
 
 
 def join_shards(name, shard, ranks):
