@@ -4,13 +4,12 @@ How fast a training step is, config by config, as ratios to the dense control.
     python bench.py --batch_size=1 --block_size=256 --device=cpu --dtype=float32 --compile=False
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
 
-A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens. The configs take turns within
-each round, so that whatever else the machine does meets all of them. The last line is JSON.
+A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens. The configs take
+turns within each round, so that whatever else the machine does meets all of them. The last line is JSON.
 """
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from configurator import load
+from configurator import fail, load
 from model import GPT
 from train import Network, autocast, find_place, model_config_of, peak_flops, train_step
 
@@ -87,33 +86,37 @@ class Textbook(Candidate):
 
 
 def interval(values):
-    """(median, low, high): the median and its 95% interval from order statistics, which takes no shape for granted."""
+    """(median, low, high): the median and its 95% interval, from order statistics: no shape is taken for granted."""
     bounds = stats.quantile_test(values, q=statistics.median(values)).confidence_interval()
     return statistics.median(values), float(bounds.low), float(bounds.high)
 
 
 def result(candidate, control):
-    """What was measured of a candidate, as a dict: times in seconds, memory in GiB, ratios to the dense control."""
+    """What was measured of a candidate: time in seconds, memory in GiB, ratio to the dense control."""
     config, seconds = candidate.config, statistics.median(candidate.seconds)
     ratio, low, high = interval([ours / dense for ours, dense in zip(candidate.seconds, control.seconds)])
     speed = config.batch_size * config.block_size / seconds
     peak = peak_flops(candidate.place.device_name, config.dtype)
+    mfu = peak and speed * candidate.flops_per_token / peak
     return dict(name=candidate.name, step_seconds=seconds, tokens_per_sec=speed, ratio=ratio, low=low, high=high,
-                mfu=peak and speed * candidate.flops_per_token / peak, peak_memory_gib=candidate.memory)
+                mfu=mfu, peak_memory_gib=candidate.memory)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog='Any other --key=value is a key of the runs; see train.py --help.')
-    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs; the dense control is always measured')
-    parser.add_argument('--with', dest='also', action='append', default=[], help='a config file composed after each')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog='Any other --key=value is a key of the runs; see train.py --help.')
+    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs, measured beside the dense control')
+    parser.add_argument('--with', dest='also', metavar='FILE', action='append', default=[],
+                        help='a config file composed after each; may be repeated')
     parser.add_argument('--rounds', type=int, default=25, help='timed steps of each config')
     parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
     options, flags = parser.parse_known_args(argv)
-    if options.rounds < 5:
-        sys.exit(f'error: --rounds={options.rounds}: an interval needs at least 5')
+    if options.rounds < 6:
+        fail(f'--rounds={options.rounds}: a 95% interval of a median needs at least 6')
     control = Candidate([CONTROL, *options.also], flags)
-    candidates = [control] + [Candidate([path, *options.also], flags) for path in options.configs if path != CONTROL]
+    paths = [path for path in options.configs if path != CONTROL]
+    candidates = [control] + [Candidate([path, *options.also], flags) for path in paths]
     if options.textbook:
         candidates.append(Textbook([CONTROL, *options.also], flags))
     for i in range(options.rounds):
@@ -122,14 +125,15 @@ def main(argv):
     results = [result(candidate, control) for candidate in candidates]
     config = control.config
     print(f'{control.place.device_name}, {config.dtype}, {"compiled" if config.compile else "eager"}, '
-          f'batch {config.batch_size} x {config.block_size}, tp_size {candidates[1].config.tp_size}, '
+          f'batch {config.batch_size} x {config.block_size}, tp_size {candidates[-1].config.tp_size}, '
           f'torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds')
-    print(f'{"config":28} {"ms a step":>10} {"tokens/s":>10} {"ratio to dense":>15} {"95% interval":>15} {"MFU":>6} {"GiB":>6}')
+    print(f'{"config":28} {"ms a step":>10} {"tokens/s":>10} {"ratio to dense":>15} {"95% interval":>15} '
+          f'{"MFU":>6} {"GiB":>6}')
     for row in results:
         mfu = f'{row["mfu"]:.1%}' if row['mfu'] else '-'
         memory = f'{row["peak_memory_gib"]:.1f}' if row['peak_memory_gib'] is not None else '-'
-        print(f'{row["name"]:28} {row["step_seconds"] * 1e3:10.1f} {row["tokens_per_sec"]:10,.0f} {row["ratio"]:15.3f} '
-              f'{row["low"]:7.3f}-{row["high"]:.3f} {mfu:>6} {memory:>6}')
+        print(f'{row["name"]:28} {row["step_seconds"] * 1e3:10.1f} {row["tokens_per_sec"]:10,.0f} '
+              f'{row["ratio"]:15.3f} {row["low"]:9.3f}-{row["high"]:.3f} {mfu:>6} {memory:>6}')
     print(json.dumps(results))
 
 

@@ -15,15 +15,16 @@ import pytest
 from configurator import ROOT
 
 SMALL = ['config/train_gpt2_8comm.py', 'config/cpu.py', '--n_layer=4', '--max_iters=8', '--eval_interval=4',
-         '--eval_tokens=2000', '--log_interval=1', '--gradient_accumulation_steps=2', '--block_types=spd,parallel',
-         '--dropout=0.1', '--bias=True', '--batch_size=4']
+         '--eval_tokens=2000', '--log_interval=1', '--gradient_accumulation_steps=2', '--batch_size=4',
+         '--block_types=spd,parallel', '--dropout=0.1', '--bias=True']
 
 
 def launch(processes, script, *args):
     """A bounded run of a script of ours under torchrun, or alone."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    return subprocess.run([sys.executable, *(torchrun if processes > 1 else []), str(script), *args], cwd=ROOT,
-                          env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=180)
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *args]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True,
+                          text=True, timeout=240)
 
 
 @pytest.mark.parametrize('processes, tp_size', [(2, 2), (4, 4), (4, 2)], ids=['tp 2', 'tp 4', '2 x tp 2'])
@@ -36,7 +37,8 @@ def test_gradients_losses_and_collectives_are_those_of_the_simulated_run(process
 def metrics(out_dir):
     """The numbers that a run's arithmetic gave, speeds left out."""
     lines = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
-    return [(line['iter'], line.get('train_loss', line.get('val_loss')), line.get('grad_norm', 0)) for line in lines]
+    return [(line['iter'], line.get('train_loss', line.get('val_loss')), line.get('grad_norm', 0))
+            for line in lines]
 
 
 def test_a_checkpoint_goes_from_simulated_to_sharded_and_back(tmp_path):
