@@ -4,8 +4,9 @@ How fast a training step is, config by config, as ratios to the dense control.
     python bench.py --batch_size=1 --block_size=256 --device=cpu --dtype=float32 --compile=False
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
 
-A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens. The configs take
-turns within each round, so that whatever else the machine does meets all of them. The last line is JSON.
+A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens. The configs
+take turns within each round, so that whatever else the machine does meets all of them. The last line is
+JSON.
 """
 
 import argparse
@@ -86,7 +87,7 @@ class Textbook(Candidate):
 
 
 def interval(values):
-    """(median, low, high): the median and its 95% interval, from order statistics: no shape is taken for granted."""
+    """(median, low, high): the median and its 95% interval, from order statistics."""
     bounds = stats.quantile_test(values, q=statistics.median(values)).confidence_interval()
     return statistics.median(values), float(bounds.low), float(bounds.high)
 
@@ -98,15 +99,15 @@ def result(candidate, control):
     speed = config.batch_size * config.block_size / seconds
     peak = peak_flops(candidate.place.device_name, config.dtype)
     mfu = peak and speed * candidate.flops_per_token / peak
-    return dict(name=candidate.name, step_seconds=seconds, tokens_per_sec=speed, ratio=ratio, low=low, high=high,
-                mfu=mfu, peak_memory_gib=candidate.memory)
+    return dict(name=candidate.name, step_seconds=seconds, tokens_per_sec=speed, ratio=ratio, low=low,
+                high=high, mfu=mfu, peak_memory_gib=candidate.memory)
 
 
 def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog='Any other --key=value is a key of the runs; see train.py --help.')
-    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs, measured beside the dense control')
+    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs, beside the dense control')
     parser.add_argument('--with', dest='also', metavar='FILE', action='append', default=[],
                         help='a config file composed after each; may be repeated')
     parser.add_argument('--rounds', type=int, default=25, help='timed steps of each config')

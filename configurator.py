@@ -31,7 +31,8 @@ FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
 LIMITS = dict(                          # GPTConfig checks the model's other keys
     eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, log_interval=AT_LEAST_1, seed=SEED,
     batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
-    n_layer=LAYERS, learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE, beta1=FRACTION, beta2=FRACTION,
+    n_layer=LAYERS, learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE,
+    beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
 )
 RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}

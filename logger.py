@@ -60,7 +60,7 @@ class Log:
         try:
             self.metrics.write(json.dumps(line).encode() + b'\n')
             self.metrics.flush()
-        except OSError as error:        # what could not be written stays in the buffer, and goes with a later line
+        except OSError as error:        # what could not be written stays buffered, and goes with a later line
             self.say(f'warning: metrics.jsonl cannot be written now: {error}')
         if self.wandb:
             charts = {CHARTS.get(key, key): value for key, value in line.items()}

@@ -57,7 +57,7 @@ def check_loads(path):
 
 
 def parameters_of_gpt2(n_layer, n_embd, block_size=1024):
-    """Dense GPT-2's, without biases: embeddings, 12 n_embd^2 in a layer's matrices, its LayerNorms, the last."""
+    """Dense GPT-2's, without biases: embeddings, 12 n_embd^2 in a layer's matrices, the LayerNorms."""
     return (VOCAB_SIZE + block_size + 1) * n_embd + n_layer * (12 * n_embd**2 + 2 * n_embd)
 
 
@@ -77,7 +77,7 @@ def check_runs(path):
     """
     _, _, loss, observed = observe(path)
     assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'loss {loss:.3f} at init'
-    assert observed.forward == observed.backward, f'{observed.forward} all-reduces and {observed.backward} back'
+    assert observed.forward == observed.backward, f'{observed.forward} forward, {observed.backward} back'
 
 
 CHECKS = {'All configs load correctly': check_loads, 'Models have ~125M parameters (within 1%)': check_size,
