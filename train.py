@@ -145,6 +145,12 @@ def connect(config, place):
     return ranks, mesh.get_group('ddp') if place.ddp_size > 1 else None
 
 
+def disconnect(place):
+    """Ends the process groups; a process that exits with their threads alive may be aborted."""
+    if place.processes > 1:
+        dist.destroy_process_group()
+
+
 def missing_processes(place):
     """
     Which processes do not answer, after those that live had a few seconds to say so in torchrun's store.
@@ -606,7 +612,7 @@ def main(argv):
     if not config.eval_only and (result := claim_together(config, place)):
         if place.first:
             print(result)
-        return
+        return disconnect(place)
     run = Run(config, place, corpus, loader, model_config, ranks)
     try:
         lines = run.restore() if config.init_from == 'resume' else []
@@ -616,7 +622,7 @@ def main(argv):
         loss, tokens = evaluate(run.net.raw, corpus.val, config, place)
         if place.first:
             print(*lines, f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}', sep='\n')
-        return
+        return disconnect(place)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: signals.append(number))
     try:
@@ -638,8 +644,7 @@ def main(argv):
         run.note_state('failed')
         raise
     run.log.close(0 if finished else RESUMABLE)
-    if place.processes > 1:
-        dist.destroy_process_group()
+    disconnect(place)
     if not finished:
         sys.exit(RESUMABLE)
 

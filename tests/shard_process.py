@@ -105,6 +105,7 @@ def main(tp_size):
     ranks, ddp_group = train.connect(config, place)
     for i, name in enumerate(CONFIGS):
         check_config(name, i % 2 == 0, tp_size, place, ranks, ddp_group)
+    train.disconnect(place)
     print('all checks passed')
 
 
