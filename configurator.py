@@ -29,12 +29,13 @@ NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
 LIMITS = dict(                          # GPTConfig checks the model's other keys
-    eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, log_interval=AT_LEAST_1, seed=SEED,
+    eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, eval_train_tokens=NOT_NEGATIVE, log_interval=AT_LEAST_1, seed=SEED,
     batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
     n_layer=LAYERS, learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE,
     beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
 )
+COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0}     # of a layer, by the guide's rule
 RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}
 
 
@@ -180,7 +181,8 @@ def communications(block_types, tp_size):
     """
     if tp_size == 1:
         return 0
-    return 2 * block_types.count('tp') + block_types.count('spd') + 2 * ('parallel' in block_types)
+    counts = [COMMUNICATIONS.get(name, 0) for name in block_types]
+    return sum(counts) + 2 * (0 in counts)
 
 
 def pattern(block_types):
@@ -197,7 +199,7 @@ def pattern(block_types):
 HOUSEKEEPING = {
     'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
     'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
-    'tp_across_nodes',
+    'tp_across_nodes', 'eval_train_tokens', 'log_drift',
 }
 
 

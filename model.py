@@ -250,14 +250,14 @@ class Stream(NamedTuple):
     def add(self, partial):
         """d_r <- d_r + P_r, and the bias into c. No communication: the ranks drift apart."""
         bias, d = partial.bias(), plus(partial.each().to(self.c.dtype), self.d)
-        return Stream(plus(self.c, enter(bias, self.ranks)), plus(self.x, bias), d, self.ranks)
+        return self._replace(c=plus(self.c, enter(bias, self.ranks)), x=plus(self.x, bias), d=d)
 
     def sync(self, partial=None):
         """A sync point: c <- c + sum_r (d_r + P_r), in one all-reduce, and the bias; d <- 0."""
         drift = None if self.d is None else self.d.sum(0)                       # partial (B, T, C)
         message, bias = (drift, None) if partial is None else (plus(partial.summed(), drift), partial.bias())
         c = self.c + g_op(message.to(compute_dtype(message)), self.ranks)
-        return Stream.start(plus(c, enter(bias, self.ranks)), self.ranks)
+        return self.start(plus(c, enter(bias, self.ranks)), self.ranks)
 
 
 # the sublayers, and the three blocks that differ in when they sync

@@ -162,13 +162,13 @@ def shares(jobs, gpus):
     return [{'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs))}] * jobs
 
 
-def command(run, resume, share):
-    """The command line that trains a run on a share of the machine."""
+def command(run, resume, share, script=ROOT / 'train.py'):
+    """The command line that trains a run with a script, train.py or the like, on a share of the machine."""
     launcher = [sys.executable]
     if 'CUDA_VISIBLE_DEVICES' in share:
         processes = len(share['CUDA_VISIBLE_DEVICES'].split(','))
         launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    return [*launcher, str(ROOT / 'train.py'), *run.args, *['--init_from=resume'] * resume]
+    return [*launcher, str(script), *run.args, *['--init_from=resume'] * resume]
 
 
 # running
@@ -197,7 +197,8 @@ class Job:
 class Sweep:
     """The runs on their way: waiting (with whether each resumes), jobs now, and those that are over."""
 
-    def __init__(self, runs, shares):
+    def __init__(self, runs, shares, script=ROOT / 'train.py'):
+        self.script = script
         self.finished = [run for run in runs if standing(run) == 'finished']
         self.waiting = [run for run in runs if run not in self.finished]
         self.shares, self.jobs, self.failed = list(shares), [], []
@@ -215,7 +216,7 @@ class Sweep:
     def start(self):
         run, share = self.waiting.pop(0), self.shares.pop(0)
         resume = standing(run) == 'resume'
-        words = command(run, resume, share)
+        words = command(run, resume, share, self.script)
         run.out_dir.mkdir(parents=True, exist_ok=True)
         with open(run.out_dir / 'log.txt', 'a') as log:
             print('$', shlex.join(words), file=log, flush=True)
@@ -304,11 +305,15 @@ def parse_args(argv):
                         help='a config file composed after each; may be repeated')
     parser.add_argument('--out', type=Path, default=Path('out'), help='where run folders go; default: out')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
+    parser.add_argument('--script', type=Path, default=ROOT / 'train.py',
+                        help='what trains a run, with train.py\'s arguments; default: train.py')
     parser.add_argument('--dry-run', action='store_true', help='show the plan and end')
     parser.error = lambda message: fail(f'{message}; see python sweep.py --help')
     args, flags = parser.parse_known_args(argv)
     if args.jobs < 1:
         fail(f'--jobs={args.jobs}: it must be at least 1')
+    if not args.script.is_file():
+        fail(f'--script={args.script}: there is no such file')
     return args, flags
 
 
@@ -330,7 +335,7 @@ def main(argv):
         fail(f'--out={args.out} cannot be written: {error.strerror}')
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # ends like Ctrl-C
-    sweep = Sweep(runs, parts)
+    sweep = Sweep(runs, parts, args.script)
     try:
         sweep.train()
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ import checkpoint
 from configurator import communications, differences, fail, load
 from corpus import open_corpus
 from dataloader import TrainLoader, val_batches
+from drift import measure_drift
 from logger import Log
 from model import GPT, GPTConfig, Ranks, count_all_reduces, join_shards, take_shard
 
@@ -98,6 +99,8 @@ def tensor_parallel_groups(config, processes):
             config.refuse('tp_across_nodes is True, which means something with --shard=True only')
         return [[process] for process in range(processes)]
     size = config.tp_size
+    if config.log_drift:
+        config.refuse('log_drift is True, which needs all ranks in one process; leave out shard')
     if processes % size:
         config.refuse(f'shard is True, which takes a multiple of tp_size, {size}, processes, not {processes}')
     if config.dtype == 'float16':
@@ -359,14 +362,14 @@ def train_step(net, batches, lr, config, place, stopping=False):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, config, place):
+def evaluate(model, tokens, at_most, config, place):
     """
-    (val_loss, val_tokens): the mean over the first eval_tokens tokens of val, each read once, by all
+    (loss, its number of tokens): the mean over the first at_most of `tokens`, each read once, by all
     processes.
     """
     model.eval()
     nats, count = [], 0
-    for x, y, n in val_batches(tokens, config.block_size, config.batch_size, config.eval_tokens,
+    for x, y, n in val_batches(tokens, config.block_size, config.batch_size, at_most,
                                place.ddp_rank, place.ddp_size, place.device):
         with autocast(config, place):
             nats.append(model(x, y)[1].float() * n)
@@ -551,17 +554,30 @@ class Run:
     def evaluate(self):
         """Validation loss, and a checkpoint."""
         config, now, began = self.config, self.now, time.perf_counter()
-        now.val_loss, tokens = evaluate(self.net.fast, self.corpus.val, config, self.place)
-        now.evaluated = now.iter
+        now.val_loss, tokens = evaluate(
+            self.net.fast, self.corpus.val, config.eval_tokens, config, self.place)
+        now.evaluated, extras = now.iter, self.extras()
         now.seconds += time.perf_counter() - began
         best = now.val_loss < now.best_val_loss
         if best:                        # never so for a loss that is not a number
             now.best_val_loss = now.val_loss
-        self.log.write(iter=now.iter, val_loss=now.val_loss, val_tokens=tokens)
+        self.log.write(iter=now.iter, val_loss=now.val_loss, val_tokens=tokens, **extras)
         note = ' (best)' if best else ''
         self.log.say(f'step {now.iter}: val loss {now.val_loss:.4f} over {tokens:,} tokens{note}')
         if config.always_save_checkpoint or best or now.iter == config.max_iters:
             self.save(best)
+
+    def extras(self):
+        """What an evaluation line says beside the validation loss, where it was asked for."""
+        config, extras = self.config, {}
+        if config.eval_train_tokens:
+            extras['fixed_train_loss'], extras['fixed_train_tokens'] = evaluate(
+                self.net.fast, self.corpus.train, config.eval_train_tokens, config, self.place)
+        if config.log_drift and self.place.first:
+            x = next(val_batches(self.corpus.val, config.block_size, config.batch_size, config.eval_tokens,
+                                 0, 1, self.place.device))[0]
+            extras['drift'], extras['drift_cosine'] = measure_drift(self.net.raw, x)
+        return extras
 
     def save(self, best=False):
         """A checkpoint, by the first process. A disk that refuses is warned of, and training goes on."""
@@ -619,7 +635,7 @@ def main(argv):
     except ValueError as error:
         config.refuse(str(error))
     if config.eval_only:
-        loss, tokens = evaluate(run.net.raw, corpus.val, config, place)
+        loss, tokens = evaluate(run.net.raw, corpus.val, config.eval_tokens, config, place)
         if place.first:
             print(*lines, f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}', sep='\n')
         return disconnect(place)

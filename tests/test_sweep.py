@@ -41,7 +41,7 @@ def note(state):
 
 def stand_in(monkeypatch, script):
     """Has each run be `script`, which knows the run's out_dir, name and config, if it resumes, and note()."""
-    def command(run, resume, share):
+    def command(run, resume, share, _):
         known = f'name, resume, config = {run.name!r}, {resume}, {vars(run.config)!r}\n'
         return [sys.executable, '-c', HEAD + known + f'out_dir = Path({str(run.out_dir)!r})\n' + script]
     monkeypatch.setattr(sweep, 'command', command)

@@ -279,7 +279,7 @@ def test_validation_is_the_mean_over_the_first_tokens_whatever_the_batch_size(co
             x, y = tokens[i:i + 8][:1003 - i], tokens[i + 1:i + 9]
             nats += net.raw(x[None], y[None])[1].item() * len(y)
     for config.batch_size in 1, 5, 300:
-        loss, count = train.evaluate(net.raw, corpus.val, config, place)
+        loss, count = train.evaluate(net.raw, corpus.val, config.eval_tokens, config, place)
         assert count == 1003 and loss == pytest.approx(nats / 1003, rel=1e-6)
     assert net.raw.training
 

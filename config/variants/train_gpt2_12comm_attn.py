@@ -1,0 +1,6 @@
+# SPD that syncs after attention, and the last layer after its MLP: 12 all-reduces, as 12comm
+# python variants.py config/variants/train_gpt2_12comm_attn.py config/cpu.py
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-124M-12comm-attn'
+block_types = ['attn_spd'] * 11 + ['spd']

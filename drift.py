@@ -1,0 +1,61 @@
+"""
+How far apart the ranks' residual streams are, sublayer by sublayer: what a cliff in the loss may come from.
+
+    python train.py config/train_gpt2_8comm.py config/cpu.py --log_drift=True     # at every evaluation
+    python compare.py out/gpt2-124M-8comm-cpu                                     # plots it against depth
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+@torch.no_grad()
+def measure_drift(model, idx):
+    """
+    The drift that each sublayer reads, over the tokens idx (B, T), on a model that hosts all its ranks.
+
+    Returns (drift, cosine), lists of 2 n_layer + 1 numbers: attention's and the MLP's of each layer in turn,
+    then the end of the model's, before its sync.
+
+        drift   ||d_r|| / ||c||, Frobenius norms over all tokens, mean over ranks; 0 where nothing is apart
+        cosine  of d_r and d_s, mean over tokens and pairs of ranks; None where nothing is apart
+    """
+    seen = []                           # of each sublayer: (c, d), or (c, None)
+
+    def before_block(block, args):
+        seen.append(args[0][:3:2])
+
+    def before_mlp(block, u):
+        c, bias = seen[-1][0], block.attn.c_proj.bias       # in a TPBlock this c is old, and nobody reads it
+        c = c if bias is None else c + bias
+        seen.append((c, u - c if u.dim() == 4 else None))
+
+    hooks = []
+    for block in model.transformer.h:
+        hooks.append(block.register_forward_pre_hook(before_block))
+        hooks.append(block.ln_2.register_forward_pre_hook(
+            lambda _, args, block=block: before_mlp(block, args[0])))
+    hooks.append(block.register_forward_hook(lambda _, args, stream: seen.append(stream[:3:2])))
+    training = model.training
+    model.eval()
+    try:
+        model(idx)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return [size(c, d) for c, d in seen], [alignment(d) for _, d in seen]
+
+
+def size(c, d):
+    """c common (B, T, C), d drifted (R, B, T, C) or None -> mean over ranks of ||d_r|| / ||c||"""
+    return 0.0 if d is None else (d.flatten(1).norm(dim=1).mean() / c.norm()).item()
+
+
+def alignment(d):
+    """d drifted (R, B, T, C) -> the mean cosine of d_r and d_s over r != s and tokens. None without a pair."""
+    if d is None or len(d) == 1:
+        return None
+    R, unit = len(d), F.normalize(d, dim=-1)
+    squares = unit.sum(0).square().sum(-1)          # (B, T): R + the sum over pairs of their cosines
+    return ((squares - R) / (R * (R - 1))).mean().item()
