@@ -60,7 +60,7 @@ def link(names, folder, out):
 def main():
     parser = Parser(__file__, __doc__)
     parser.add_argument('--shards', type=int, metavar='N',
-                        help=f'training shards to take (default: all, {SHARDS} on the hub; 20k steps need 99)')
+                        help=f'training shards to take (default: all, {SHARDS} on the hub; 20k steps: 99)')
     parser.add_argument('--input', type=Path, metavar='DIR', help='a folder of shards in place of the hub')
     args = parser.parse_args()
     there = len(list(args.input.glob('fineweb_train_*.bin'))) if args.input else SHARDS

@@ -50,7 +50,7 @@ def parse_args():
         raise ValueError(f'--workers={args.workers} must be at least 1')
     kinds = {path.suffix for path in args.input or []}
     if len(kinds) > 1 or kinds - KINDS.keys():
-        raise ValueError(f"--input takes files of one kind, {' '.join(KINDS)}, not {' '.join(sorted(kinds))}")
+        raise ValueError(f"--input takes one kind of file, {' '.join(KINDS)}, not {' '.join(sorted(kinds))}")
     args.name = ', '.join(map(str, args.input)) if args.input else REPO
     return args
 
@@ -88,7 +88,7 @@ def check_disk(builder, args):
         there = sum(need for other, need in needs if other.stat().st_dev == folder.stat().st_dev)
         free = shutil.disk_usage(folder).free
         if free < there:
-            raise ValueError(f'{free / 1e9:.1f} GB are free at {folder}, {there / 1e9:.1f} GB needed there: '
+            raise ValueError(f'{free / 1e9:.1f} GB are free at {folder}, {there / 1e9:.1f} GB needed: '
                              'make room, choose another --out, or set HF_HOME to move the caches')
 
 
