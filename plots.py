@@ -1,0 +1,426 @@
+"""
+The plots of a comparison. Each function takes the rows of runs.py and gives a matplotlib figure, None where the
+rows have nothing to show in it.
+
+What is told apart is told apart by marker, line or panel, never by colour alone. Where there are many configs each
+gets a panel of its own, with the dense control in grey to read it against. Files come out the same, byte for byte,
+from the same runs.
+"""
+
+import math
+import statistics
+import textwrap
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from answers import (FULL_WIDTH, GOALS, TARGET, by_note, comparisons, curve_name, curves, drift_of, fastest_first, front,
+                     in_scope, loss_to_dense, width_trends)
+from runs import TOKENS, pattern, simulated, subject, to_dense
+
+MARKERS, LINES = 'osD^vP*X<>', ('-', '--', '-.', ':')
+POINTS = 100                    # of a line, at most: enough for a panel, and a file that is not large
+STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 10, 'svg.hashsalt': 'compare', 'svg.fonttype': 'none',
+         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': 0.3,
+         'grid.linewidth': 0.5, 'axes.axisbelow': True, 'figure.constrained_layout.use': True, 'figure.dpi': 150}
+NO_DATE = dict.fromkeys(('Date', 'Creator'))
+
+# what every figure has
+
+
+def figure(rows, title, panels=1, columns=1, size=(8, 4.6), **shared):
+    """An empty figure whose title names the corpus, and its axes, those in use and no more."""
+    fig = Figure(figsize=size)
+    lines = math.ceil(panels / columns)
+    grid = fig.subplots(lines, columns, squeeze=False, **shared)
+    for unused in grid.flat[panels:]:
+        unused.remove()
+    seeds = [len(row.runs) for row in rows]
+    n = f'{min(seeds)} to {max(seeds)} seeds' if min(seeds) < max(seeds) else f'{seeds[0]} seed{"s" * (seeds[0] > 1)}'
+    corpus = '\n'.join(textwrap.wrap(f'{subject([row.first for row in rows])}, {n}', 110))
+    fig.suptitle(f'{title}\n{corpus}')
+    return fig, list(grid.flat[:panels])
+
+
+def panels(rows, title, unit, below='step (updates made)'):
+    """A figure with a small panel for each row, four or five abreast, named after it, all with the same axes."""
+    columns = min(4 if len(rows) <= 12 else 5, len(rows))
+    size = max(5, 2.6 * columns), 1.1 + 1.9 * math.ceil(len(rows) / columns)
+    fig, axes = figure(rows, title, len(rows), columns, size, sharex=True, sharey=True)
+    for i, (ax, row) in enumerate(zip(axes, rows)):
+        ax.set_title('\n'.join(textwrap.wrap(row.label, 38)), fontsize=7)
+        ax.tick_params(labelsize=7, labelbottom=i + columns >= len(rows))
+    axes[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    fig.supxlabel(below, fontsize=8)
+    fig.supylabel(unit, fontsize=8)
+    return fig, axes
+
+
+def loss_unit(rows):
+    units = {TOKENS.get(row.first.info['corpus']['tokenizer'], '') for row in rows}
+    return f'nats per {units.pop() if len(units) == 1 else ""} token'.replace('  ', ' ')
+
+
+def short(row):
+    """A row's label without what the title says already."""
+    return '\n'.join(textwrap.wrap(row.label, 44))
+
+
+def bar(ax, difference, y, **style):
+    """A mean and its interval, lying at height y; an open mark where there is no interval."""
+    style = dict(marker='o', color='black', markersize=4.5) | style
+    if difference.half is None:
+        ax.plot(difference.mean, y, markerfacecolor='white', linestyle='', **style)
+    else:
+        ax.errorbar(difference.mean, y, xerr=difference.half, capsize=2.5, linewidth=1, linestyle='', **style)
+
+
+def shade_floor(ax, floor, draw):
+    """What is too small to be called a difference, around 0."""
+    if floor:
+        draw(-floor, floor, color='0.88', zorder=0, label=f'within the rounding floor, {floor:.0e}')
+
+
+# the answer
+
+
+def plot_tradeoff(rows):
+    """Validation loss against communications; bars are the intervals of the paired differences to dense."""
+    notes = by_note(rows)
+    fig, axes = figure(rows, 'Validation loss against communications', len(notes), len(notes),
+                       (max(8, 4.5 * len(notes)), 5))
+    for ax, (note, own) in zip(axes, notes.items()):
+        draw_tradeoff(ax, own)
+        ax.set_title(note.removeprefix(', '))
+    axes[0].set_ylabel(f'validation loss ({loss_unit(rows)})')
+    return fig
+
+
+def draw_tradeoff(ax, rows):
+    """One recipe's part of it: a line for each curve, open marks for other placements of the same count."""
+    lines = curves(rows)
+    on_curve = [row for curve in lines for row in curve]
+    # a count cannot tell placements apart; what a pass really all-reduces can
+    observed = any(row not in on_curve for row in rows if not row.dense)
+    placed = {}                         # x of what is not on a curve -> how many are there already
+    for i, curve in enumerate(lines):
+        aside = 0.16 * (i - (len(lines) - 1) / 2)       # so that bars stand side by side
+        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'{0.65 * i / max(1, len(lines) - 1):.2f}', markersize=5)
+        own = [row for row in rows if not row.dense and curve_name(row) == curve_name(curve[0])]
+        x = {row: (row.all_reduces['forward'] if observed else row.communications) + aside for row in own}
+        ax.plot([x[row] for row in curve], [row.loss for row in curve], linestyle=LINES[i % len(LINES)], zorder=3,
+                label=curve_name(curve[0]).removesuffix(curve[0].note), **style)
+        for row in own:
+            if row not in curve:        # beside the others, numbered as in the key
+                placed[x[row]] = placed.get(x[row], 0) + 1
+                x[row] += 0.3 * placed[x[row]]
+                ax.plot(x[row], row.loss, linestyle='', markerfacecolor='white', zorder=3, **style)
+            difference = to_dense(row)
+            if difference and difference.half is not None:
+                ax.errorbar(x[row], row.loss, difference.half, color=style['color'], capsize=2.5, linewidth=1)
+    if observed:
+        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='the same blocks in another order')
+        names = {row.all_reduces['forward']: f'{row.all_reduces["forward"]}\n({row.communications})' for row in on_curve}
+        ax.set_xlabel("all-reduces observed in a forward pass\n(communications by the guide's count)")
+    else:
+        names = {row.communications: f'{row.communications}\n({row.all_reduces["forward"]})' for row in on_curve}
+        ax.set_xlabel("communications by the guide's count\n(all-reduces observed in a forward pass)")
+    ax.set_xticks(list(names), names.values())
+    mark_references(ax, rows)
+    ax.legend(fontsize=7, title='bars: 95% interval of the paired\ndifference to dense', title_fontsize=7)
+
+
+def mark_references(ax, rows):
+    """What a loss is read against: the dense control, its rounding floor, the guide's limits where they apply."""
+    for control in (row for row in rows if row.dense):
+        ax.axhline(control.loss, color='black', linewidth=1, linestyle=(0, (6, 3)), label='dense control')
+        floor = max((row.floor or 0 for row in rows if row.control is control), default=0)
+        if floor:
+            ax.axhspan(control.loss - floor, control.loss + floor, color='0.85', zorder=0,
+                       label=f'within the rounding floor, {floor:.0e}')
+    if all(in_scope(row.first) for row in rows):
+        for limit in sorted({TARGET, *(limit for *_, limit in GOALS)}):
+            ax.axhline(limit, color='0.4', linewidth=0.7, linestyle=':')
+            ax.annotate(f"guide's {limit:.2f}", (1, limit), xycoords=('axes fraction', 'data'), fontsize=7,
+                        va='bottom', ha='right')
+
+
+def plot_differences(rows):
+    """Each row's paired difference to dense with its interval, and each seed's."""
+    shown = [row for row in rows if to_dense(row)]
+    if not shown:
+        return None
+    fig, (ax,) = figure(shown, 'Validation loss minus the dense control of the same seed',
+                        size=(8, 1.7 + 0.3 * len(shown)))
+    for y, row in enumerate(shown):
+        seeds = [loss - row.control.losses[seed] for seed, loss in row.losses.items() if seed in row.control.losses]
+        ax.plot(seeds, [y] * len(seeds), '|', color='0.45', markersize=8)
+        bar(ax, to_dense(row), y)
+    finish_forest(ax, [f'{short(row)}  (n={to_dense(row).n})' for row in shown], shown)
+    ax.set_xlabel(f'difference ({loss_unit(rows)}); mean and 95% interval, a stroke for each seed')
+    return fig
+
+
+def finish_forest(ax, names, rows):
+    """A line at 0, the floor, and a name at each height, the first on top."""
+    ax.axvline(0, color='black', linewidth=0.8)
+    shade_floor(ax, max((row.floor or 0 for row in rows), default=0), ax.axvspan)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(visible=False, axis='y')
+
+
+def plot_placement(rows):
+    """The comparisons of rows that differ in one thing only: order, merge, which sync is dropped."""
+    found = [one for one in comparisons(rows) if one.difference]
+    if not found:
+        return None
+    fig, (ax,) = figure(rows, 'Equal communications: order of the blocks, merge, which sync is dropped',
+                        size=(9, 1.7 + 0.42 * len(found)))
+    kinds = dict(placement='o', merge='s', sync='^')
+    for y, one in enumerate(found):
+        bar(ax, one.difference, y, marker=kinds[one.kind])
+    names = [f'{one.first.communications}: {pattern(one.first.block_types)}, tp_size {one.first.tp_size}{one.first.note}'
+             f'\nminus {pattern(one.second.block_types)}  (n={one.difference.n})' for one in found]
+    finish_forest(ax, names, [one.first for one in found])
+    for kind, marker in kinds.items():
+        if any(one.kind == kind for one in found):
+            ax.plot([], [], marker, color='black', label=dict(
+                placement='alternating minus clustered', merge='mean minus sum',
+                sync="MLP's sync dropped minus attention's")[kind])
+    ax.legend(fontsize=7)
+    ax.set_xlabel(f'difference in validation loss ({loss_unit(rows)}), paired by seed, mean and 95% interval')
+    return fig
+
+
+def plot_pareto(rows):
+    """Paired difference against predicted step time, the Pareto front joined."""
+    notes = {note: own for note, own in by_note([row for row in rows if not row.dense]).items() if fastest_first(own)}
+    if not notes:
+        return None
+    fig, axes = figure(rows, 'Validation loss minus dense, against the predicted time of a step', len(notes), len(notes),
+                       (max(8, 4.5 * len(notes)), 4.8))
+    for ax, (note, own) in zip(axes, notes.items()):
+        best = front(own)
+        ax.plot([row.seconds * 1e3 for row in best], [loss_to_dense(row) for row in best], color='0.5', linewidth=1,
+                drawstyle='steps-post', label='Pareto front')
+        for row in fastest_first(own):
+            difference = to_dense(row)
+            ax.errorbar(row.seconds * 1e3, difference.mean, difference.half, color='black', capsize=2.5, linewidth=0.8,
+                        marker='o', markersize=5, markerfacecolor='black' if row in best else 'white')
+            ax.annotate(str(row.communications), (row.seconds * 1e3, difference.mean), xytext=(5, 4), fontsize=7,
+                        textcoords='offset points')
+        ax.plot([], [], 'o', color='black', label='on the front')
+        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='beaten in both')
+        ax.axhline(0, color='black', linewidth=0.8)
+        ax.set_title(note.removeprefix(', '))
+        ax.set_xlabel('predicted milliseconds a step; numbers: communications')
+        ax.legend(fontsize=7)
+    axes[0].set_ylabel(f'difference ({loss_unit(rows)})')
+    return fig
+
+
+def plot_width(rows):
+    """Paired differences against width, a panel a config, with the fitted line drawn on to GPT-2's width."""
+    trends = width_trends(rows)
+    if not trends:
+        return None
+    columns = min(4, len(trends))
+    shown = [row for trend in trends for row in trend.rows]
+    fig, axes = figure(shown, 'Validation loss minus dense, against the width of the model', len(trends), columns,
+                       (max(6, 2.8 * columns), 1.4 + 2.2 * math.ceil(len(trends) / columns)), sharey=True, sharex=True)
+    for ax, trend in zip(axes, trends):
+        draw(ax, [(width * 1.07, difference) for width, difference in trend.points], '_', color='0.45', markersize=6)
+        for row in trend.rows:
+            difference = to_dense(row)
+            ax.errorbar(row.first.config['n_embd'], difference.mean, difference.half, color='black', marker='o',
+                        markersize=4.5, capsize=2.5, linewidth=1)
+        first, last = trend.widths[0], max(trend.widths[-1], FULL_WIDTH)
+        grid = [first * (last / first) ** (i / 40) for i in range(41)]
+        line = [trend.at(width) for width in grid]
+        ax.fill_between(grid, [there.mean - there.half for there in line], [there.mean + there.half for there in line],
+                        color='0.9', zorder=0)
+        inside = [i for i, width in enumerate(grid) if width <= trend.widths[-1] * 1.001]
+        ax.plot([grid[i] for i in inside], [line[i].mean for i in inside], '-', color='black', linewidth=0.8)
+        ax.plot(grid[inside[-1]:], [there.mean for there in line[inside[-1]:]], '--', color='black', linewidth=0.8)
+        ax.axhline(0, color='black', linewidth=0.5)
+        ax.set_xscale('log', base=2)
+        ax.set_xticks([*trend.widths, FULL_WIDTH], [*map(str, trend.widths), str(FULL_WIDTH)])
+        ax.set_title(f'{trend.rows[0].communications}: {trend.words}', fontsize=7)
+    fig.supxlabel('n_embd; the dashes extrapolate, grey is the 95% interval of the line', fontsize=8)
+    fig.supylabel(f'difference ({loss_unit(rows)})', fontsize=8)
+    return fig
+
+
+# how training went
+
+
+def smooth(values, width):
+    """Centred moving mean over 2 width + 1 values; the window shrinks at the ends."""
+    return [statistics.mean(values[max(0, i - width): i + width + 1]) for i in range(len(values))]
+
+
+def thinned(points):
+    """At most POINTS of a list, the last among them."""
+    every = max(1, math.ceil(len(points) / POINTS))
+    return points[(len(points) - 1) % every::every]
+
+
+def highest(points):
+    """At most POINTS of a curve [(step, value)]: of each stretch the highest, so that no peak is lost."""
+    every = max(1, math.ceil(len(points) / POINTS))
+    return [max(points[i:i + every], key=lambda point: point[1]) for i in range(0, len(points), every)]
+
+
+def train_curve(run):
+    """A run's training loss, smoothed: [(step, loss)]."""
+    losses = run.series('train_loss')
+    return thinned(list(zip(losses, smooth(list(losses.values()), len(losses) // 40))))
+
+
+def val_curve(run):
+    return thinned([(step, line['val_loss']) for step, line in sorted(run.evals.items())
+                    if line['val_loss'] is not None])
+
+
+def mean_curve(curves):
+    """The mean of curves [(step, value)] at the steps that all of them have, as a curve."""
+    curves = [dict(curve) for curve in curves]
+    return [(step, statistics.mean(curve[step] for curve in curves)) for step in curves[0]
+            if all(step in curve for curve in curves)]
+
+
+def draw(ax, curve, *line, **style):
+    if curve:
+        ax.plot(*zip(*curve), *line, **style)
+
+
+def plot_curves(rows):
+    """Every run's training loss, smoothed, and the mean validation loss; the dense control's is grey."""
+    fig, axes = panels(rows, 'Training curves: lines are train loss of each run, smoothed; dots are mean validation loss; '
+                       'grey is dense', f'loss ({loss_unit(rows)})')
+    settled = []                        # what the panels show; the first descent would flatten it
+    for ax, row in zip(axes, rows):
+        if row.control:
+            draw(ax, mean_curve([train_curve(run) for run in row.control.runs.values()]), color='0.7', linewidth=2.5)
+        for run in row.runs.values():
+            curve = train_curve(run)
+            draw(ax, curve, color='black', linewidth=0.5, alpha=0.7)
+            settled += [loss for step, loss in curve if step >= 0.2 * run.config['max_iters']]
+        draw(ax, mean_curve([val_curve(run) for run in row.runs.values()]), 'o', color='black', markersize=3)
+        settled += row.losses.values()
+    margin = 0.05 * (max(settled) - min(settled)) or 0.1
+    axes[0].set_ylim(min(settled) - margin, max(settled) + margin)
+    return fig
+
+
+def plot_difference_curves(rows):
+    """Validation loss minus dense by step: every seed, and their mean."""
+    shown = [row for row in rows if to_dense(row)]
+    if not shown:
+        return None
+    fig, axes = panels(shown, 'Validation loss minus the dense control of the same seed: thin lines are seeds, dots '
+                       'their mean', f'difference ({loss_unit(rows)})')
+    for ax, row in zip(axes, shown):
+        seeds = []
+        for seed, run in row.runs.items():
+            if seed in row.control.runs:
+                dense = dict(val_curve(row.control.runs[seed]))
+                seeds.append([(step, loss - dense[step]) for step, loss in val_curve(run) if step in dense])
+                draw(ax, seeds[-1], color='0.5', linewidth=0.6)
+        draw(ax, mean_curve(seeds), 'o-', color='black', markersize=3, linewidth=1)
+        ax.axhline(0, color='black', linewidth=0.5)
+    return fig
+
+
+def plot_stability(rows):
+    """Every run's gradient norm by step, and its loss spikes."""
+    shown = [row for row in rows if any(run.series('grad_norm') for run in row.runs.values())]
+    if not shown:
+        return None
+    fig, axes = panels(shown, 'Stability: gradient norm of each run before clipping; a triangle is a loss spike; grey is '
+                       'dense', 'gradient norm')
+    axes[0].set_yscale('log')
+    axes[0].minorticks_off()
+    for ax, row in zip(axes, shown):
+        if row.control:
+            norms = [run.series('grad_norm').items() for run in row.control.runs.values()]
+            draw(ax, thinned(mean_curve(norms)), color='0.7', linewidth=2.5)
+        for run in row.runs.values():
+            norms = run.series('grad_norm')
+            draw(ax, highest(list(norms.items())), color='black', linewidth=0.5, alpha=0.7)
+            draw(ax, [(step, norms[step]) for step in run.spikes if step in norms], 'v', color='black', markersize=5)
+    return fig
+
+
+def plot_speed(rows):
+    """Tokens per second of each row, as bars; a stroke for each run."""
+    shown = [row for row in rows if row.mean(lambda run: run.tokens_per_sec)]
+    if not shown:
+        return None
+    fig, (ax,) = figure(shown, 'Training speed', size=(8, 1.6 + 0.28 * len(shown)))
+    speeds = [row.mean(lambda run: run.tokens_per_sec) for row in shown]
+    ax.barh(range(len(shown)), speeds, height=0.65, color='0.8', edgecolor='black', linewidth=0.7)
+    for y, (row, speed) in enumerate(zip(shown, speeds)):
+        own = list(row.values(lambda run: run.tokens_per_sec).values())
+        ax.plot(own, [y] * len(own), '|', color='black', markersize=7)
+        ax.annotate(f'{speed:,.0f}', (max(own), y), xytext=(6, 0), textcoords='offset points', va='center', fontsize=7)
+    ax.set_yticks(range(len(shown)), [short(row) for row in shown], fontsize=7)
+    ax.set_ylim(len(shown) - 0.4, -0.6)
+    ax.margins(x=0.12)
+    ax.grid(visible=False, axis='y')
+    caveat = ' (simulated ranks: no communication is saved)' if simulated(rows) else ''
+    ax.set_xlabel(f'tokens per second, a stroke for each run{caveat}')
+    return fig
+
+
+def plot_drift(rows):
+    """How far apart the ranks' streams are that each sublayer reads, and which way, against depth."""
+    found = {}                          # row -> (drift, cosine) of each run
+    for row in rows:
+        measured = list(row.values(drift_of).values())
+        if measured and max(max(sizes) for sizes, _ in measured) > 0:
+            found[row] = measured
+    if not found:
+        return None
+    fig, axes = panels(list(found), "Drift at the last evaluation: line, ||d_r|| / ||c||; dots, cosine of two ranks' drifts",
+                       '', 'depth in layers: what attention reads at whole numbers, what the MLP reads at halves')
+    for ax, measured in zip(axes, found.values()):
+        sizes, cosines = (list(zip(*lists)) for lists in zip(*measured))        # by depth, then by run
+        ax.plot([i / 2 for i in range(len(sizes))], list(map(statistics.mean, sizes)), color='black', linewidth=1)
+        draw(ax, [(i / 2, statistics.mean(cosine)) for i, cosine in enumerate(cosines) if None not in cosine],
+             'o', color='0.4', markersize=2.5)
+        ax.axhline(0, color='black', linewidth=0.5)
+    return fig
+
+
+PLOTS = dict(
+    loss_vs_communications=plot_tradeoff, paired_differences=plot_differences, placement=plot_placement,
+    pareto=plot_pareto, width_trend=plot_width, drift=plot_drift, training_curves=plot_curves,
+    difference_by_step=plot_difference_curves, stability=plot_stability, tokens_per_sec=plot_speed)
+
+
+def draw_all(rows, folder):
+    """
+    Writes each plot that the rows have as PNG and SVG, and removes those of an earlier comparison that they have not.
+
+    Returns {name: what it shows}.
+    """
+    drawn = {}
+    with rc_context(STYLE):
+        for name, plot in PLOTS.items():
+            fig, files = plot(rows), [folder / f'{name}.png', folder / f'{name}.svg']
+            if fig is None:
+                for file in files:
+                    file.unlink(missing_ok=True)
+                continue
+            # savefig would lay it out and draw it several times over, which takes most of the time
+            fig.get_layout_engine().execute(fig)
+            fig.set_layout_engine('none')
+            FigureCanvasAgg(fig).print_png(files[0])
+            FigureCanvasSVG(fig).print_svg(files[1], metadata=NO_DATE)
+            drawn[name] = ' '.join(plot.__doc__.split())
+    return drawn
