@@ -12,33 +12,49 @@ have one value:
 
     out/gpt2-124M-12comm-cpu-seed2-tp4
 
-The same command continues a sweep that was stopped: finished runs are skipped, unfinished ones go on from
-their last checkpoint. Each run's output is in its folder's log.txt. Where there are GPUs, runs are started by
-torchrun on all of them, or with --jobs on equal shares.
+It says how long this will take before it starts: from the speed of runs of the same size that are in their
+folders already, else from the first steps of some of the runs, made in a temporary folder.
+
+The same command continues a sweep that was stopped or killed: finished runs are skipped, unfinished and
+failed ones go on from their last checkpoint, and those that another process is training now are left to it.
+When a sweep ends for whatever reason, its runs save and end. Each run's output is in its folder's log.txt.
+Where there are GPUs, runs are started by torchrun on all of them. With --jobs each run gets an equal share of
+the GPUs and cores, and is pinned to it.
 """
 
 import argparse
+import ctypes
+import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
-from compare import find_runs, read_info, recipe
 from configurator import HOUSEKEEPING, Config, differences, fail, load, pattern
+from runs import find_runs, read_info, read_metrics, recipe
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = [f'config/train_gpt2_{count}comm.py' for count in (24, 18, 16, 12, 8, 6, 2)]
 OWN = {'out_dir', 'wandb_run_name', 'init_from'}        # a run's place, which the sweep settles
 SHORT = {'seed': 'seed', 'tp_size': 'tp'}               # these go without '=' in a folder's name
+SIZE = ('dataset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
+        'dropout', 'bias', 'device', 'dtype', 'compile', 'shard')       # what a step's time depends on most
+PROBE_STEPS, PROBE_SECONDS = 10, 180    # a probe of the speed ends after so many steps, or so long
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)        # those that end a sweep, its runs saved
+
+libc = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1                    # of Linux's prctl: the signal to get when the parent dies
 
 # the plan
 
@@ -122,17 +138,39 @@ def plan(files, withs, grid, out):
     return list(runs.values())
 
 
-def standing(run):
-    """How a run stands: finished, resume or new. Ends the program where its folder holds another run."""
+def noted(run):
+    """What the run's run.json says, {} before there is one."""
     path = run.out_dir / 'run.json'
+    return read_info(path) if path.exists() else {}
+
+
+def being_trained(run):
+    """Whether a process holds the lock of the run's folder."""
+    path = run.out_dir / 'lock'
     if path.exists():
-        info = read_info(path)
+        with open(path) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
+def standing(run):
+    """
+    How a run stands: finished, running (some process trains it), resume (it has a checkpoint) or new. Ends
+    the program where its folder holds another run.
+    """
+    info = noted(run)
+    if info:
         changed = differences(info['config'], vars(run.config))
         if changed:
             told = ', '.join(f'{key} is {there} there, {here} here' for key, (there, here) in changed.items())
             fail(f'{run.out_dir} holds another run ({told}): move it away, or give this sweep another --out')
         if info['state'] == 'finished':
             return 'finished'
+    if being_trained(run):
+        return 'running'
     saved = any((run.out_dir / name).exists() for name in ('ckpt.pt', 'ckpt-previous.pt'))
     return 'resume' if saved else 'new'
 
@@ -150,28 +188,68 @@ def find_gpus():
     return [str(i) for i in range(len(re.findall(r'^GPU ', listed, re.MULTILINE)))]
 
 
-def shares(jobs, gpus):
-    """What each job of so many at a time may use, as environment variables: its part of the GPUs or cores."""
-    if gpus:
-        if jobs > len(gpus):
-            fail(f'--jobs={jobs}: there are {len(gpus)} GPUs, and a run needs one at least')
-        each = len(gpus) // jobs
-        return [{'CUDA_VISIBLE_DEVICES': ','.join(gpus[i * each:(i + 1) * each])} for i in range(jobs)]
+def find_cores():
+    """The cores that this process may use, the threads of one physical core side by side."""
+    if not hasattr(os, 'sched_getaffinity'):
+        return list(range(os.cpu_count()))
+
+    def place(core):
+        folder = Path(f'/sys/devices/system/cpu/cpu{core}/topology')
+        files = [folder / 'physical_package_id', folder / 'core_id']
+        return [int(file.read_text()) if file.exists() else 0 for file in files] + [core]
+    return sorted(os.sched_getaffinity(0), key=place)
+
+
+@dataclass
+class Share:
+    """What a run may use: the ids of GPUs, [] for none; cores, [] for no limit."""
+    gpus: list
+    cores: list
+
+    @property
+    def environment(self):
+        if self.gpus:
+            return {'CUDA_VISIBLE_DEVICES': ','.join(self.gpus)}
+        return {'OMP_NUM_THREADS': str(len(self.cores))} if self.cores else {}
+
+
+def shares(jobs, gpus, cores):
+    """The Share of each of so many jobs at a time."""
+    if gpus and jobs > len(gpus):
+        fail(f'--jobs={jobs}: there are {len(gpus)} GPUs, and a run needs one at least')
     if jobs == 1:
-        return [{}]
-    return [{'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs))}] * jobs
+        return [Share(gpus, [])]
+
+    def part(things, i):
+        each = len(things) // jobs
+        return things[i * each:(i + 1) * each]
+    return [Share(part(gpus, i), part(cores, i) or [cores[i % len(cores)]]) for i in range(jobs)]
 
 
 def command(run, resume, share, script=ROOT / 'train.py'):
     """The command line that trains a run with a script, train.py or the like, on a share of the machine."""
     launcher = [sys.executable]
-    if 'CUDA_VISIBLE_DEVICES' in share:
-        processes = len(share['CUDA_VISIBLE_DEVICES'].split(','))
-        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    if share.gpus:
+        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(share.gpus)}',
+                     '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1']
     return [*launcher, str(script), *run.args, *['--init_from=resume'] * resume]
 
 
-# running
+def launch(words, share, log):
+    """Starts a command on a share of the machine; its output goes to a file. Returns the Popen."""
+    def settle():       # by the child, before it becomes the command
+        if share.cores and hasattr(os, 'sched_setaffinity'):
+            os.sched_setaffinity(0, share.cores)
+        if sys.platform == 'linux':     # a sweep that is killed leaves no run behind on cores it thinks free
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    print('$', shlex.join(words), file=log, flush=True)
+    # a session of its own: the terminal's Ctrl-C comes to the sweep alone, which passes it on once
+    return subprocess.Popen(words, env=os.environ | share.environment, stdin=subprocess.DEVNULL, stdout=log,
+                            stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=settle)
+
+
+# what runs write, and how long they take
 
 
 def last_line(path):
@@ -180,81 +258,259 @@ def last_line(path):
     return whole.rstrip().rpartition('\n')[2]
 
 
+def reason(path):
+    """Why a run failed, from its log: the last error that it names, after which torchrun may say more."""
+    text = path.read_text(errors='replace').rpartition('\n$ ')[2] if path.exists() else ''
+    errors = re.findall(r'^(?:\[rank\d+\]: *)?((?:error:|[\w.]+(?:Error|Exception)\b).*)', text, re.MULTILINE)
+    return errors[-1].removeprefix('error: ') if errors else last_line(path)
+
+
 def latest(run):
     """The last line of a run's metrics, {} before there is one."""
     return json.loads(last_line(run.out_dir / 'metrics.jsonl') or '{}')
 
 
+def loss_of(line, kind):
+    """A metrics line's train or val loss, in words."""
+    loss = line.get(f'{kind}_loss')
+    return 'not a number' if loss is None else f'{loss:.4f}'
+
+
+def duration(seconds):
+    return str(timedelta(seconds=round(seconds)))
+
+
+@dataclass
+class Pace:
+    """How fast a run trains: tokens a second in its steps, tokens that an evaluation reads."""
+    config: dict                        # of the run that went so fast
+    tokens_per_sec: float
+    eval_tokens: int
+
+
+def find_pace(run, processes):
+    """The Pace that a run's files tell, None where they tell none or of other processes."""
+    info = noted(run)
+    evals, logs = read_metrics(run.out_dir / 'metrics.jsonl')
+    speeds = [line['tokens_per_sec'] for line in logs.values()][1:]     # the first pays for the start
+    if info.get('processes') != processes or not evals or not speeds:
+        return None
+    line = next(iter(evals.values()))
+    tokens = line['val_tokens'] + line.get('fixed_train_tokens', 0)
+    return Pace(info['config'], statistics.median(speeds), tokens)
+
+
+def size(config):
+    return [config[key] for key in SIZE]
+
+
+def seconds_left(run, paces):
+    """
+    How long a run will still take, from runs with the same blocks, else from any of its size. None where
+    paces has none. What an evaluation reads takes a third of what training on it would: it goes forward only.
+    """
+    config = run.config
+    alike = [pace for pace in paces if size(pace.config) == size(vars(config))]
+    same = [pace for pace in alike if all(pace.config[key] == getattr(config, key)
+                                          for key in ('block_types', 'tp_size'))] or alike
+    if not same:
+        return None
+    steps = config.max_iters - latest(run).get('iter', 0)
+    windows = config.batch_size * config.gradient_accumulation_steps
+    tokens = steps * (windows * config.block_size + same[0].eval_tokens / 3 / config.eval_interval)
+    return tokens / statistics.mean(pace.tokens_per_sec for pace in same)
+
+
+def probe(runs, shares, script):
+    """
+    The first steps of runs, one on each share at once, in a temporary folder. Returns (paces, errors): the
+    Paces found, and of those that failed, in words, why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        going, errors = [], []
+        try:
+            for i, (run, share) in enumerate(zip(runs, shares)):
+                there = Path(folder, str(i))
+                there.mkdir()
+                flags = ['--log_interval=1', '--wandb_log=False', f'--out_dir={there}']
+                twin = Run([*run.args, *flags], Config(**vars(run.config) | dict(out_dir=str(there))))
+                with open(there / 'log.txt', 'w') as log:
+                    going.append((twin, launch(command(twin, False, share, script), share, log)))
+            end = time.monotonic() + PROBE_SECONDS
+            while (time.monotonic() < end and any(latest(twin).get('iter', 0) < PROBE_STEPS
+                                                  and process.poll() is None for twin, process in going)):
+                time.sleep(0.2)
+            errors = [f'{twin.name} cannot be trained: {reason(twin.out_dir / "log.txt")}'
+                      for twin, process in going if process.poll()]     # ended, and not well
+        finally:
+            for _, process in going:
+                process.terminate()
+            for _, process in going:
+                process.wait()
+        paces = [pace for twin, _ in going if (pace := find_pace(twin, max(1, len(shares[0].gpus))))]
+    return paces, errors
+
+
+def measure(runs, shares, script):
+    """
+    The Paces from which seconds_left can tell of runs, and in words what they rest on. Runs of a size of
+    which nothing is known are probed; if a size stays unknown, ([], why). Ends the program where every run
+    that was probed failed.
+    """
+    paces = [pace for run in runs if (pace := find_pace(run, max(1, len(shares[0].gpus))))]
+    sources, unknown = [f'the speed of {len(paces)} of these runs so far'] * bool(paces), {}
+    for run in runs:
+        if standing(run) != 'finished' and seconds_left(run, paces) is None:
+            unknown.setdefault(json.dumps(size(vars(run.config))), []).append(run)
+    errors = []
+    for alike in unknown.values():
+        n = len(shares)
+        picked = [alike[(2 * i + 1) * len(alike) // (2 * n)] for i in range(n)]
+        names = ' and '.join(dict.fromkeys(run.name for run in picked))
+        print(f'measuring the speed in the first {PROBE_STEPS} steps of {names}', flush=True)
+        found, said = probe(picked, shares, script)
+        paces += found
+        errors += said
+        sources.append('those first steps')
+    if errors and not paces:
+        fail(errors[0])
+    for alike in unknown.values():
+        if seconds_left(alike[0], paces) is None:
+            return [], errors[0] if errors else f'{alike[0].name} made no two in {PROBE_SECONDS} seconds'
+    return paces, ', '.join(sources)
+
+
+def makespan(durations, jobs):
+    """Seconds until tasks of these durations are done, each begun in order as one of so many jobs is free."""
+    busy = [0.0] * jobs
+    for seconds in durations:
+        busy[busy.index(min(busy))] += seconds
+    return max(busy)
+
+
+# running
+
+
 @dataclass
 class Job:
-    """A run that is being trained."""
+    """A run that is being trained, since when and from which step."""
     run: Run
-    share: dict
+    share: Share
     process: subprocess.Popen
     began: float
+    step: int
 
 
 class Sweep:
-    """The runs on their way: waiting (with whether each resumes), jobs now, and those that are over."""
+    """The runs on their way: waiting, jobs now, and those that are over."""
 
-    def __init__(self, runs, shares, script=ROOT / 'train.py'):
-        self.script = script
+    def __init__(self, runs, shares, script=ROOT / 'train.py', paces=()):
+        self.script, self.paces = script, paces
         self.finished = [run for run in runs if standing(run) == 'finished']
         self.waiting = [run for run in runs if run not in self.finished]
-        self.shares, self.jobs, self.failed = list(shares), [], []
-        self.steps_at_start = self.steps_to_do()
+        self.shares, self.jobs, self.failed, self.elsewhere = list(shares), [], [], set()
+        self.common = set.intersection(*(set(run.name.split('-')) for run in runs))
+        self.left_at_start = self.left()
+        self.estimate = makespan(map(self.to_do, self.waiting), len(shares)) if paces else None
         self.began, self.told = time.monotonic(), time.monotonic()
 
-    def steps_to_do(self):
-        todo = self.waiting + [job.run for job in self.jobs]
-        return sum(run.config.max_iters - latest(run).get('iter', 0) for run in todo)
+    def to_do(self, run):
+        """What is left of a run: in seconds where all paces are known, else in steps."""
+        seconds = [seconds_left(run, self.paces)] if self.paces else []
+        return seconds[0] if seconds else run.config.max_iters - latest(run).get('iter', 0)
+
+    def short(self, run):
+        """A run's name without what all names have in common."""
+        parts = [part for part in run.name.split('-') if part not in self.common]
+        return '-'.join(['dense'] * (run.config.tp_size == 1) + parts) or run.name
+
+    def left(self):
+        return sum(map(self.to_do, self.waiting + [job.run for job in self.jobs]))
 
     def say(self, line):
         """A line that stays, above the one that is refreshed."""
         print(('\r\033[K' if sys.stdout.isatty() else '') + line, flush=True)
 
     def start(self):
-        run, share = self.waiting.pop(0), self.shares.pop(0)
-        resume = standing(run) == 'resume'
-        words = command(run, resume, share, self.script)
+        """Starts the first waiting run that no other process has finished or is training."""
+        for run in list(self.waiting):
+            state = standing(run)
+            if state == 'running':
+                if run.name not in self.elsewhere:
+                    self.elsewhere.add(run.name)
+                    self.say(f'left to the process that trains it now: {run.name}')
+                continue
+            self.waiting.remove(run)
+            if state == 'finished':
+                self.book(run, 'done by another process')
+                continue
+            try:
+                self.begin(run, state == 'resume')
+            except OSError as error:
+                self.fail(run, f'it cannot be started: {error.strerror}')
+                continue
+            return
+
+    def begin(self, run, resume):
         run.out_dir.mkdir(parents=True, exist_ok=True)
         with open(run.out_dir / 'log.txt', 'a') as log:
-            print('$', shlex.join(words), file=log, flush=True)
-            # a session of its own: the terminal's Ctrl-C comes to the sweep alone, which passes it on once
-            process = subprocess.Popen(words, env=os.environ | share, stdin=subprocess.DEVNULL, stdout=log,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
-        self.jobs.append(Job(run, share, process, time.monotonic()))
+            process = launch(command(run, resume, self.shares[0], self.script), self.shares[0], log)
+        step = latest(run).get('iter', 0)
+        self.jobs.append(Job(run, self.shares.pop(0), process, time.monotonic(), step))
         self.say(f'{"continues" if resume else "starts"}: {run.name}')
+
+    def book(self, run, how, *words):
+        """A run is finished."""
+        self.finished.append(run)
+        self.say(', '.join([f'{how}: {run.name}', f'val loss {loss_of(latest(run), "val")}', *words]))
+
+    def fail(self, run, why):
+        """A run has failed; the sweep goes on."""
+        self.failed.append(run)
+        self.left_at_start -= self.to_do(run)
+        self.say(f'FAILED: {run.name}, {why}')
 
     def end(self, job):
         """Books a job whose process has ended."""
         self.jobs.remove(job)
         self.shares.append(job.share)
-        run, status = job.run, job.process.returncode
-        if status == 0 and standing(run) == 'finished':
-            self.finished.append(run)
-            took = timedelta(seconds=round(time.monotonic() - job.began))
-            self.say(f'done: {run.name}, val loss {latest(run)["val_loss"]:.4f}, {took}')
+        run, status, state = job.run, job.process.returncode, standing(job.run)
+        step, log = latest(run).get('iter', 0), run.out_dir / 'log.txt'
+        if state == 'finished':
+            self.book(run, 'done', duration(time.monotonic() - job.began))
+        elif state == 'running':        # another process took the folder first
+            self.waiting.append(run)
+        elif status and step > job.step and noted(run)['state'] == 'resumable':
+            self.waiting.append(run)
+            self.say(f'stopped by a signal that was not the sweep\'s: {run.name}, at step {step}; '
+                     'it goes on after the others')
         else:
-            self.failed.append(run)
-            self.steps_at_start -= run.config.max_iters - latest(run).get('iter', 0)
-            log = run.out_dir / 'log.txt'
-            self.say(f'FAILED: {run.name}, exit status {status}, see {log}: {last_line(log)}')
+            how = f'exit status {status}' if status >= 0 else f'killed by {signal.Signals(-status).name}'
+            self.fail(run, f'{how}, see {log}: {reason(log)}')
+
+    def eta(self):
+        """Seconds until all is done: at first as estimated, then as it goes. None where nobody knows yet."""
+        left, elapsed = self.left(), time.monotonic() - self.began
+        made = self.left_at_start - left
+        if self.estimate is not None and made < self.left_at_start / 20:
+            return max(0, self.estimate - elapsed)
+        return left * elapsed / made if made > 0 else None
 
     def progress(self):
         """How far the sweep is, in a line."""
-        left, elapsed = self.steps_to_do(), time.monotonic() - self.began
-        made = self.steps_at_start - left
-        eta = timedelta(seconds=round(left * elapsed / made)) if made > 0 else '?'
-        now = []
+        eta = self.eta()
+        failed = f', {len(self.failed)} failed' if self.failed else ''
+        left, eta = len(self.waiting) + len(self.jobs), '?' if eta is None else duration(eta)
+        parts = [f'{len(self.finished)} done{failed}, {left} left, ETA {eta}']
         for job in self.jobs:
             line = latest(job.run)
             kind = 'train' if 'train_loss' in line else 'val'
-            loss = f', {kind} loss {line[kind + "_loss"]:.3f}' if line else ''
-            now.append(f'step {line.get("iter", 0)}/{job.run.config.max_iters}{loss} {job.run.name}')
-        failed = f', {len(self.failed)} failed' if self.failed else ''
-        return (f'{len(self.finished)} done{failed}, {len(self.waiting) + len(self.jobs)} left, ETA {eta} | '
-                + ' | '.join(now))
+            loss = f' {kind} loss {loss_of(line, kind)}' if line else ''
+            step = f'{line.get("iter", 0)}/{job.run.config.max_iters}'
+            parts.append(f'{self.short(job.run)} {step}{loss}')
+        if not self.jobs:
+            parts.append('waiting for runs that other processes train')
+        return ' | '.join(parts)
 
     def show(self):
         """The progress, refreshed in place on a terminal, a line a minute elsewhere."""
@@ -268,11 +524,11 @@ class Sweep:
     def train(self):
         """Trains all that is to do. A run that fails is booked and the next one starts."""
         while self.waiting or self.jobs:
-            while self.waiting and self.shares:
+            for _ in range(min(len(self.waiting), len(self.shares))):
                 self.start()
             for job in [job for job in self.jobs if job.process.poll() is not None]:
                 self.end(job)
-            if self.jobs:
+            if self.waiting or self.jobs:
                 self.show()
                 time.sleep(0.2)
         self.say(f'{len(self.finished)} runs finished, {len(self.failed)} failed'
@@ -280,7 +536,8 @@ class Sweep:
 
     def stop(self):
         """Has the jobs save and end."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)        # a second Ctrl-C would cut the saving short
+        for number in ENDING:           # a second one would cut the saving short
+            signal.signal(number, signal.SIG_IGN)
         for job in self.jobs:
             job.process.terminate()     # not SIGINT, to which the children of a background shell job are deaf
         self.say(f'stopping: {len(self.jobs)} runs save their state')
@@ -317,29 +574,46 @@ def parse_args(argv):
     return args, flags
 
 
+def show_plan(runs, jobs, machine):
+    print(f'{len(runs)} runs, {jobs} at a time, {machine}:')
+    for run in runs:
+        state, step = standing(run), latest(run).get('iter', 0)
+        at = f'at step {step} of ' if state in ('running', 'resume') else ''
+        whose = ', by another process' if state == 'running' else ''
+        print(f'  {state}, {at}{run.config.max_iters} steps{whose}: {run.out_dir}')
+
+
 def main(argv):
     args, flags = parse_args(argv)
     configs = args.configs or [os.path.relpath(ROOT / file) for file in CONFIGS]
     runs = plan(configs, args.withs, parse_grid(flags), args.out)
     gpus = find_gpus() if any(run.config.device == 'cuda' for run in runs) else []
-    parts = shares(args.jobs, gpus)
-    where = f'{len(gpus)} GPUs' if gpus else 'no GPU'
-    print(f'{len(runs)} runs, {args.jobs} at a time, {where}:')
-    for run in runs:
-        print(f'  {standing(run):8}  {run.out_dir}, {run.config.max_iters} steps')
-    if args.dry_run:
-        return
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f'--out={args.out} cannot be written: {error.strerror}')
+    cores = find_cores()
+    parts = shares(args.jobs, gpus, cores)
+    show_plan(runs, args.jobs, f'{len(gpus)} GPUs' if gpus else f'{len(cores)} cores, no GPU')
+    if not args.dry_run:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f'--out={args.out} cannot be written: {error.strerror}')
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # ends like Ctrl-C
-    sweep = Sweep(runs, parts, args.script)
+    for number in ENDING[1:]:
+        signal.signal(number, signal.default_int_handler)       # ends like Ctrl-C
+    sweep = None
     try:
+        paces, source = measure(runs, parts, args.script)
+        sweep = Sweep(runs, parts, args.script, paces)
+        if sweep.waiting:
+            print(f'about {duration(sweep.estimate)} of training left, from {source}' if paces
+                  else f'how long it takes is unknown until runs make steps: {source}', flush=True)
+        if args.dry_run:
+            return
         sweep.train()
     except KeyboardInterrupt:
-        sweep.stop()
+        if sweep:
+            sweep.stop()
+        else:
+            print('stopped before a run was started')
         sys.exit(130)
     print('compare them:', compare_command(runs, args.out), sep='\n  ')
     sys.exit(1 if sweep.failed else 0)

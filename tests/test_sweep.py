@@ -1,6 +1,9 @@
 """sweep.py: what it plans, and what it does with runs that end well, fail or are stopped; stand-ins train."""
+import fcntl
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -27,13 +30,15 @@ def names(runs):
 
 
 HEAD = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 
-def note(state):
-    (out_dir / 'metrics.jsonl').write_text(json.dumps(dict(iter=config['max_iters'], val_loss=2.5)) + '\\n')
+def note(state, **line):
+    line = line or dict(iter=config['max_iters'], val_loss=2.5, val_tokens=65536)
+    with open(out_dir / 'metrics.jsonl', 'a') as metrics:
+        print(json.dumps(line), file=metrics)
     info = dict(name=name, state=state, config=config, corpus={}, communications=0, all_reduces={},
-                parameters=0)
+                parameters=0, processes=1)
     (out_dir / 'run.json').write_text(json.dumps(info))
 
 """
@@ -48,7 +53,7 @@ def stand_in(monkeypatch, script):
 
 
 def swept(runs, jobs=1):
-    going = sweep.Sweep(runs, [{}] * jobs)
+    going = sweep.Sweep(runs, [sweep.Share([], [])] * jobs)
     going.train()
     return going
 
@@ -113,15 +118,27 @@ def test_wrong_command_lines_get_one_line(tmp_path, flags, told):
 
 def test_command_lines(tmp_path):
     run = planned(tmp_path, '--seed=5')[1]
-    plain = sweep.command(run, resume=True, share={})
+    plain = sweep.command(run, resume=True, share=sweep.Share([], []))
     assert plain[:2] == [sys.executable, str(sweep.ROOT / 'train.py')] and plain[-1] == '--init_from=resume'
     assert f'--out_dir={run.out_dir}' in plain and '--seed=5' in plain
-    first, second = sweep.shares(2, ['4', '5', '6', '7'])
+    _, second = sweep.shares(2, ['4', '5', '6', '7'], list(range(9)))
     launched = sweep.command(run, resume=False, share=second)
-    assert '--nproc_per_node=2' in launched and second == {'CUDA_VISIBLE_DEVICES': '6,7'}
-    assert '--init_from=resume' not in launched
+    assert '--nproc_per_node=2' in launched and '--init_from=resume' not in launched
+    assert second.environment == {'CUDA_VISIBLE_DEVICES': '6,7'} and second.cores == [4, 5, 6, 7]
     with pytest.raises(SystemExit, match='a run needs one at least'):
-        sweep.shares(3, ['0', '1'])
+        sweep.shares(3, ['0', '1'], [0, 1])
+
+
+def test_a_job_has_its_share_of_the_cores_and_no_more(tmp_path):
+    assert [share.cores for share in sweep.shares(2, [], [0, 1, 2, 3, 4])] == [[0, 1], [2, 3]]
+    assert [share.cores for share in sweep.shares(3, [], [0, 1])] == [[0], [1], [0]]
+    assert sweep.shares(1, [], [0, 1])[0].environment == {}
+    core = sweep.find_cores()[-1]
+    with open(tmp_path / 'log.txt', 'w+') as log:
+        code = 'import os; print(os.sched_getaffinity(0), os.environ["OMP_NUM_THREADS"])'
+        sweep.launch([sys.executable, '-c', code], sweep.Share([], [core]), log).wait()
+        log.seek(0)
+        assert log.readlines()[1:] == [f'{{{core}}} 1\n']
 
 
 def test_a_failed_run_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -130,7 +147,7 @@ def test_a_failed_run_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsy
     going = swept(runs, jobs=2)
     assert names(going.failed) == ['8comm-cpu-seed1', '8comm-cpu-seed2'] and len(going.finished) == 4
     log = tmp_path / 'gpt2-124M-8comm-cpu-seed1' / 'log.txt'
-    assert f'exit status 3, see {log}: error: no luck' in capsys.readouterr().out
+    assert f'exit status 3, see {log}: no luck' in capsys.readouterr().out
 
     # the same sweep again trains those that failed and no others
     stand_in(monkeypatch, 'assert "8comm" in name and not resume\nnote("finished")')
@@ -138,13 +155,14 @@ def test_a_failed_run_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsy
 
 
 def test_exit_status_of_the_sweep(tmp_path, monkeypatch, capsys):
-    stand_in(monkeypatch, 'sys.exit("12comm" in name or note("finished"))')
+    words = [TWELVE, '--with', CPU, f'--out={tmp_path}', '--seed=1,2']
+    stand_in(monkeypatch, 'sys.exit(3 if "12comm" in name else note("finished"))')
     with pytest.raises(SystemExit) as end:
-        sweep.main([TWELVE, '--with', CPU, f'--out={tmp_path}'])
+        sweep.main(words)
     assert end.value.code == 1
     stand_in(monkeypatch, 'note("finished")')
     with pytest.raises(SystemExit) as end:
-        sweep.main([TWELVE, '--with', CPU, f'--out={tmp_path}'])
+        sweep.main(words)
     assert end.value.code == 0
     assert f'python compare.py {tmp_path} --out={tmp_path / "compare"}' in capsys.readouterr().out
 
@@ -159,13 +177,14 @@ def test_stop_lets_runs_save_and_the_next_sweep_resumes_them(tmp_path, monkeypat
                           '    sys.exit(75)\n'
                           'signal.signal(signal.SIGTERM, save)\n(out_dir / "ready").touch()\ntime.sleep(60)')
     runs = planned(tmp_path)
-    going = sweep.Sweep(runs, [{}])
+    going = sweep.Sweep(runs, [sweep.Share([], [])])
     going.start()
     while not (runs[0].out_dir / 'ready').exists():
         time.sleep(0.02)
-    ours = signal.getsignal(signal.SIGINT)
+    ours = {number: signal.getsignal(number) for number in sweep.ENDING}
     going.stop()
-    signal.signal(signal.SIGINT, ours)
+    for number, handler in ours.items():
+        signal.signal(number, handler)
     assert [sweep.standing(run) for run in runs] == ['resume', 'new']
 
     stand_in(monkeypatch, 'assert resume == ("12comm" not in name)\nnote("finished")')
@@ -187,13 +206,115 @@ def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch):
         sweep.main([TWELVE, '--with', CPU, f'--out={tmp_path}'])
 
 
-def test_progress_tells_done_left_and_loss(tmp_path, monkeypatch):
+def test_a_run_that_a_signal_stopped_goes_on_after_the_others(tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, 'if "12comm" in name and not resume:\n    (out_dir / "ckpt.pt").touch()\n'
+                          '    note("resumable", iter=7)\n    sys.exit(75)\nnote("finished")')
+    going = swept(planned(tmp_path, files=(TWELVE, EIGHT)))
+    assert names(going.finished) == ['cpu', '8comm-cpu', '12comm-cpu'] and not going.failed
+    assert 'gpt2-124M-12comm-cpu, at step 7; it goes on after the others' in capsys.readouterr().out
+
+    # but not where it makes no step from one start to the next
+    stand_in(monkeypatch, 'note("resumable", iter=7 * (not resume))\nsys.exit(75)')
+    assert len(swept(planned(tmp_path / 'again')).failed) == 2
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, monkeypatch, capsys):
+    runs = planned(tmp_path, files=(TWELVE, EIGHT))
+    runs[0].out_dir.mkdir()
+    other = open(runs[0].out_dir / 'lock', 'w')
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert [sweep.standing(run) for run in runs] == ['running', 'new', 'new']
+    going = sweep.Sweep(runs, [sweep.Share([], [])])
+    stand_in(monkeypatch, 'note("finished")')
+    show = going.show
+
+    def let_go():                       # once nothing else is left to do
+        if len(going.finished) == 2 and not other.closed:
+            assert 'waiting for runs that other processes train' in going.progress()
+            other.close()
+        show()
+    monkeypatch.setattr(going, 'show', let_go)
+    going.train()
+    assert names(going.finished) == ['12comm-cpu', '8comm-cpu', 'cpu'] and not going.failed
+    assert capsys.readouterr().out.count('left to the process that trains it now: gpt2-124M-cpu') == 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs PR_SET_PDEATHSIG')
+def test_a_sweep_that_is_killed_takes_its_runs_with_it(tmp_path):
+    child = ('import pathlib, signal, sys, time\nhere = pathlib.Path(sys.argv[1])\n'
+             'signal.signal(signal.SIGTERM, lambda *_: ((here / "saved").touch(), sys.exit(75)))\n'
+             '(here / "ready").touch()\ntime.sleep(60)')
+    parent = ('import sys, time, sweep\nsweep.launch([sys.executable, "-c", *sys.argv[1:]], '
+              'sweep.Share([], []), open("/dev/null", "w"))\ntime.sleep(60)')
+    killed = subprocess.Popen([sys.executable, '-c', parent, child, str(tmp_path)],
+                              env=os.environ | {'PYTHONPATH': str(sweep.ROOT)})
+    for name in ('ready', 'saved'):
+        while not (tmp_path / name).exists():
+            time.sleep(0.02)
+        killed.kill()
+    killed.wait()
+
+
+def test_estimate(tmp_path):
+    runs = planned(tmp_path, '--n_embd=64,128', '--max_iters=100')      # dense and 12comm of each width
+    config = vars(runs[1].config)
+    dense = dict(vars(runs[0].config))
+    paces = [sweep.Pace(config, 1024, 3000), sweep.Pace(dense, 2048, 3000), sweep.Pace(dense, 1024, 3000)]
+    # 16 windows of 64 tokens a step, an evaluation every 100 steps
+    assert sweep.seconds_left(runs[1], paces) == 100 + 1000 / 1024
+    assert sweep.seconds_left(runs[0], paces) == pytest.approx(sweep.seconds_left(runs[1], paces) / 1.5)
+    assert sweep.seconds_left(runs[2], paces) is None
+    assert sweep.makespan([3, 1, 1, 4], 2) == 6
+
+
+def test_the_speed_comes_from_a_probe_and_later_from_the_runs(tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, 'note("running", iter=0, val_loss=5, val_tokens=3000)\n'
+                          'for i in range(1, 11):\n'
+                          '    note("running", iter=i, tokens_per_sec=500 + 1000 * (i > 1))')
+    runs, share = planned(tmp_path, '--max_iters=100'), sweep.Share([], [])
+    paces, source = sweep.measure(runs, [share, share], sweep.ROOT / 'train.py')
+    assert [(pace.tokens_per_sec, pace.eval_tokens) for pace in paces] == [(1500, 3000)] * 2
+    assert {pace.config['tp_size'] for pace in paces} == {1, 2} and source == 'those first steps'
+    assert not list(tmp_path.iterdir())         # it leaves nothing
+    swept(runs)
+    assert sweep.measure(runs, [share], None)[1] == 'the speed of 2 of these runs so far'
+
+    stand_in(monkeypatch, 'print("error: no data")\nsys.exit(1)')
+    with pytest.raises(SystemExit, match='gpt2-124M-12comm-cpu cannot be trained: no data'):
+        sweep.main([TWELVE, '--with', CPU, f'--out={tmp_path / "new"}'])
+
+
+def test_why_a_run_failed_is_found_in_its_log(tmp_path):
+    log = tmp_path / 'log.txt'
+    log.write_text('$ train\nerror: of an earlier start\n$ train\nstep 1\n')
+    assert sweep.reason(log) == 'step 1'
+    with open(log, 'a') as file:
+        file.write('[rank1]: torch.OutOfMemoryError: none left\nTraceback of torchrun:\n======\n')
+    assert sweep.reason(log) == 'torch.OutOfMemoryError: none left'
+
+
+def test_progress_tells_done_left_and_loss(tmp_path):
     runs = planned(tmp_path, '--max_iters=100')
-    going = sweep.Sweep(runs, [{}])
-    going.jobs, going.waiting = [sweep.Job(runs[0], {}, None, 0)], runs[1:]
+    going = sweep.Sweep(runs, [sweep.Share([], [])])
+    going.jobs, going.waiting = [sweep.Job(runs[0], None, None, 0, 0)], runs[1:]
     going.began = time.monotonic() - 50
     runs[0].out_dir.mkdir()
-    assert going.progress().startswith('0 done, 2 left, ETA ? | step 0/100 ')
-    (runs[0].out_dir / 'metrics.jsonl').write_text('{"iter": 50, "train_loss": 3.25}\n{"iter": 60, "tr')
+    assert going.progress() == '0 done, 2 left, ETA ? | dense 0/100'
+    metrics = runs[0].out_dir / 'metrics.jsonl'
+    metrics.write_text('{"iter": 50, "train_loss": 3.25}\n{"iter": 60, "tr')
     # 50 of 200 steps in 50 seconds
-    assert going.progress().startswith('0 done, 2 left, ETA 0:02:30 | step 50/100, train loss 3.250 gpt2-')
+    assert going.progress() == '0 done, 2 left, ETA 0:02:30 | dense 50/100 train loss 3.2500'
+    metrics.write_text('{"iter": 50, "train_loss": null}\n')
+    assert going.progress().endswith('dense 50/100 train loss not a number')
+
+
+def test_the_estimate_is_the_eta_until_a_twentieth_is_done(tmp_path):
+    runs = planned(tmp_path, '--max_iters=100')
+    paces = [sweep.Pace(vars(runs[0].config), 1024, 0)]
+    going = sweep.Sweep(runs, [sweep.Share([], [])] * 2, paces=paces)
+    assert going.estimate == 100                # two runs of 100 steps at one a second, side by side
+    going.began = time.monotonic() - 40
+    runs[0].out_dir.mkdir()
+    for step, eta in ((9, 60), (50, 120)):
+        (runs[0].out_dir / 'metrics.jsonl').write_text(json.dumps({'iter': step, 'train_loss': 1}) + '\n')
+        assert going.eta() == pytest.approx(eta, abs=1)
