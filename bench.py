@@ -1,12 +1,18 @@
 """
-How fast a training step is, config by config, as ratios to the dense control.
+How fast a training step is, config by config: as ratios to the dense control, or sharded over real processes.
 
     python bench.py --batch_size=1 --block_size=256 --device=cpu --dtype=float32 --compile=False
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
+    torchrun --standalone --nproc_per_node=8 bench.py --shard --tp_size=2
 
-A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens. The configs
-take turns within each round, so that whatever else the machine does meets all of them. The last line is
-JSON.
+A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens a data-parallel
+process. The configs take turns within each round, so that whatever else the machine does meets all of them.
+
+With --shard each process hosts one tensor-parallel rank, and ratios are to 24comm, for there is no dense
+control in such a run. Every config's step is measured with its network and without: alone, a process reduces
+over a group of itself. What a step takes more than that is its time in collectives, waits for late peers
+included. A sweep of all-reduces measures the links, and what costmodel.py predicts stands beside what was
+measured. The last line is JSON.
 """
 
 import argparse
@@ -16,34 +22,36 @@ import sys
 import time
 
 import torch
+import torch._dynamo
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
 
-from configurator import fail, load
+import costmodel
+from configurator import communications, fail, load
 from model import GPT
-from train import Network, autocast, find_place, model_config_of, peak_flops, train_step
+from train import (
+    Network, Place, autocast, connect, disconnect, find_place, model_config_of, peak_flops, train_step)
 
-CONTROL = 'config/train_gpt2.py'
+CONTROL, SHARDED_CONTROL = 'config/train_gpt2.py', 'config/train_gpt2_24comm.py'
 RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]
-VOCAB_SIZE = 50304
 WARMUP = 3                              # rounds before the timed ones
 
 
 class Candidate:
     """A config's model and optimizer, and what its steps took."""
 
-    def __init__(self, files, flags):
-        self.config = config = load([*files, *flags])
-        self.name, self.place = config.wandb_run_name, find_place(config)
-        device = self.place.device
+    def __init__(self, config, place, vocab_size, ranks=None, ddp_group=None):
+        """ranks, ddp_group: as train.connect() gives them"""
+        self.config, self.name, self.place, device = config, config.wandb_run_name, place, place.device
         self.cuda = device.type == 'cuda'
         resident = torch.cuda.memory_allocated() if self.cuda else 0    # by the candidates before this one
         torch.manual_seed(config.seed)
-        model = GPT(model_config_of(config, VOCAB_SIZE)).to(device)
-        self.flops_per_token = model.flops_per_token()
-        self.prepare(model)
+        dense = GPT(model_config_of(config, vocab_size))
+        self.flops_per_token = dense.flops_per_token()
+        self.prepare((dense if ranks is None else dense.shard(ranks)).to(device), ddp_group)
         shape = (config.batch_size, config.block_size + 1)
-        tokens = torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(0)).to(device)
+        tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
         self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -52,9 +60,10 @@ class Candidate:
         self.memory = (torch.cuda.max_memory_allocated() - resident) / 2**30 if self.cuda else None
         self.seconds = []
 
-    def prepare(self, model):
+    def prepare(self, model, ddp_group):
         self.net = Network(model, self.config)
-        self.net.wrap(self.config.batch_size, None, self.config, self.place, print)
+        say = print if self.place.first else lambda line: None
+        self.net.wrap(self.config.batch_size, ddp_group, self.config, self.place, say)
 
     def step(self):
         train_step(self.net, [self.batch], self.config.learning_rate, self.config, self.place)
@@ -70,7 +79,7 @@ class Candidate:
 class Textbook(Candidate):
     """The dense control as a textbook writes it: all logits, then the cross-entropy; AdamW as it comes."""
 
-    def prepare(self, model):
+    def prepare(self, model, ddp_group):
         self.name = 'textbook'
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.config.learning_rate)
         self.model = torch.compile(model) if self.config.compile else model
@@ -86,6 +95,15 @@ class Textbook(Candidate):
         self.optimizer.zero_grad()
 
 
+def take_turns(candidates, rounds):
+    """A timed step of each candidate a round, there and back."""
+    for i in range(rounds):
+        for candidate in candidates[::1 if i % 2 else -1]:
+            if dist.is_initialized():
+                dist.barrier()          # all processes start together
+            candidate.time_step()
+
+
 def interval(values):
     """(median, low, high): the median and its 95% interval, from order statistics."""
     bounds = stats.quantile_test(values, q=statistics.median(values)).confidence_interval()
@@ -93,49 +111,153 @@ def interval(values):
 
 
 def result(candidate, control):
-    """What was measured of a candidate: time in seconds, memory in GiB, ratio to the dense control."""
-    config, seconds = candidate.config, statistics.median(candidate.seconds)
-    ratio, low, high = interval([ours / dense for ours, dense in zip(candidate.seconds, control.seconds)])
-    speed = config.batch_size * config.block_size / seconds
-    peak = peak_flops(candidate.place.device_name, config.dtype)
-    mfu = peak and speed * candidate.flops_per_token / peak
+    """What was measured of a candidate: time in seconds, memory in GiB, ratio to the control."""
+    config, place, seconds = candidate.config, candidate.place, statistics.median(candidate.seconds)
+    ratio, low, high = interval([ours / theirs for ours, theirs in zip(candidate.seconds, control.seconds)])
+    speed = place.ddp_size * config.batch_size * config.block_size / seconds
+    peak = peak_flops(place.device_name, config.dtype)
+    mfu = peak and speed * candidate.flops_per_token / (peak * place.processes)
     return dict(name=candidate.name, step_seconds=seconds, tokens_per_sec=speed, ratio=ratio, low=low,
                 high=high, mfu=mfu, peak_memory_gib=candidate.memory)
+
+
+def print_results(results, config, place, control, rounds):
+    """The table that every bench has. config: one that was measured; control: what ratios are to."""
+    print(f'{place.processes} x {place.device_name}, {config.dtype}, '
+          f'{"compiled" if config.compile else "eager"}, batch {config.batch_size} x {config.block_size}, '
+          f'n_embd {config.n_embd}, tp_size {config.tp_size}, torch {torch.__version__}, '
+          f'{torch.get_num_threads()} threads, {rounds} rounds')
+    print(f'{"config":28} {"ms a step":>10} {"tokens/s":>10} {"ratio to " + control:>15} '
+          f'{"95% interval":>15} {"MFU":>6} {"GiB":>6}')
+    for row in results:
+        mfu = f'{row["mfu"]:.1%}' if row['mfu'] else '-'
+        memory = f'{row["peak_memory_gib"]:.1f}' if row['peak_memory_gib'] is not None else '-'
+        print(f'{row["name"]:28} {row["step_seconds"] * 1e3:10.1f} {row["tokens_per_sec"]:10,.0f} '
+              f'{row["ratio"]:15.3f} {row["low"]:9.3f}-{row["high"]:.3f} {mfu:>6} {memory:>6}')
+
+
+def bench_simulated(configs, options):
+    """Prints what the configs took, the dense control first."""
+    place = find_place(configs[0])
+    if place.processes > 1:
+        fail(f'{place.processes} processes, of which this would measure one; add --shard')
+    candidates = [Candidate(config, place, options.vocab_size) for config in configs]
+    if options.textbook:
+        candidates.append(Textbook(configs[0], place, options.vocab_size))
+    take_turns(candidates, options.rounds)
+    results = [result(candidate, candidates[0]) for candidate in candidates]
+    print_results(results, configs[-1], place, 'dense', options.rounds)
+    print(json.dumps(results))
+
+
+# sharded: each config with its network and without, and the links
+
+
+def keep_slowest(candidates, place):
+    """Every step's seconds become those of the process that took longest. A collective call."""
+    seconds = torch.tensor([candidate.seconds for candidate in candidates], dtype=torch.float64,
+                           device=place.device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    for candidate, row in zip(candidates, seconds.tolist()):
+        candidate.seconds = row
+
+
+def sharded_result(networked, alone, control, links, rings):
+    """result() and the time in collectives, what was all-reduced, and what the cost model predicts."""
+    config, row = networked.config, result(networked, control)
+    compute = statistics.median(alone.seconds)
+    messages = costmodel.observe_step(networked.net.raw, networked.step)
+    return dict(
+        row, communications=communications(config.block_types, config.tp_size),
+        all_reduces=costmodel.by_kind(messages), compute_seconds=compute,
+        collectives_share=1 - compute / row['step_seconds'],
+        predicted_seconds=costmodel.predict(compute, messages, links),
+        predicted_on_given_link=rings and costmodel.predict(compute, messages, rings))
+
+
+def print_predictions(results, options):
+    """What was measured beside what the cost model predicts, in milliseconds and as ratios to 24comm."""
+    given = f'predicted at {options.gbit:g} Gbit/s, {options.latency_us:g} us' if options.gbit else ''
+    print(f'{"config":28} {"comms":>5} {"compute":>9} {"in collectives":>15} {"measured":>9} '
+          f'{"predicted":>10} {"ratio":>6} {"predicted":>10}  {given}')
+    control = results[0]
+    for row in results:
+        print(f'{row["name"]:28} {row["communications"]:5} {row["compute_seconds"] * 1e3:9.1f} '
+              f'{row["collectives_share"]:15.1%} {row["step_seconds"] * 1e3:9.1f} '
+              f'{row["predicted_seconds"] * 1e3:10.1f} {row["ratio"]:6.3f} '
+              f'{row["predicted_seconds"] / control["predicted_seconds"]:10.3f}', end='')
+        if options.gbit:
+            seconds = row['predicted_on_given_link']
+            print(f'  {seconds * 1e3:10.1f} {seconds / control["predicted_on_given_link"]:10.3f}', end='')
+        print()
+
+
+def bench_sharded(configs, options):
+    """Prints what the configs took over these processes, and what the cost model predicts; 24comm first."""
+    place = find_place(configs[0])
+    for config in configs:
+        if config.tp_size != configs[0].tp_size:
+            config.refuse(f'tp_size is {config.tp_size}, but {configs[0].tp_size} in the control, 24comm')
+    if place.processes == 1:
+        fail('--shard needs more processes: torchrun --standalone --nproc_per_node=2 bench.py --shard ...')
+    ranks, ddp_group = connect(configs[0], place)
+    groups = dict(tp=ranks and ranks.group, ddp=ddp_group, all=dist.group.WORLD)
+    groups = {axis: group for axis, group in groups.items() if group is not None}
+    links = {axis: costmodel.fit(costmodel.sweep(group, place.device)) for axis, group in groups.items()}
+    rings = options.gbit and {
+        axis: costmodel.ring(dist.get_world_size(group), options.latency_us * 1e-6, options.gbit * 1e9 / 8)
+        for axis, group in groups.items()}
+    # every process alone: the same rank, in a group of its own
+    lone_place = Place(0, 1, [[0]], place.device)
+    lone_group = [dist.new_group([process]) for process in range(place.processes)][place.process]
+    lone_ranks = ranks and ranks._replace(group=lone_group)
+    networked, alone = [], []
+    for config in configs:
+        networked.append(Candidate(config, place, options.vocab_size, ranks, ddp_group))
+        alone.append(Candidate(config, lone_place, options.vocab_size, lone_ranks))
+    take_turns([candidate for pair in zip(networked, alone) for candidate in pair], options.rounds)
+    keep_slowest(networked + alone, place)
+    results = [sharded_result(*pair, networked[0], links, rings) for pair in zip(networked, alone)]
+    if place.first:
+        print_results(results, configs[0], place, '24comm', options.rounds)
+        print('links:', '; '.join(f'{axis} {link}' for axis, link in links.items()))
+        print_predictions(results, options)
+        costmodel.print_messages([(row['name'], row['all_reduces']) for row in results])
+        model = networked[0].net.raw
+        wte = model.transformer.wte.weight
+        print(f'wte is replicated: {wte.nbytes / 1e6:,.4g} MB of the {4 * model.num_params() / 1e6:,.4g} MB '
+              'of parameters that a process holds')
+        print(json.dumps(dict(processes=place.processes, backend=dist.get_backend(), wte_bytes=wte.nbytes,
+                              links={axis: link._asdict() for axis, link in links.items()}, configs=results)))
+    disconnect(place)
 
 
 def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog='Any other --key=value is a key of the runs; see train.py --help.')
-    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs, beside the dense control')
+    parser.error = fail
+    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs, beside the control')
     parser.add_argument('--with', dest='also', metavar='FILE', action='append', default=[],
                         help='a config file composed after each; may be repeated')
     parser.add_argument('--rounds', type=int, default=25, help='timed steps of each config')
+    parser.add_argument('--vocab_size', type=int, default=costmodel.VOCAB_SIZE, help='of the model')
     parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
-    options, flags = parser.parse_known_args(argv)
+    parser.add_argument('--shard', action='store_true', help='one tensor-parallel rank a process')
+    parser.add_argument('--gbit', type=float, help='sharded: predict for a link of so many Gbit/s, too')
+    parser.add_argument('--latency_us', type=float, default=30.0, help='of a message over that link')
+    options, flags = parser.parse_known_intermixed_args(argv)
     if options.rounds < 6:
         fail(f'--rounds={options.rounds}: a 95% interval of a median needs at least 6')
-    control = Candidate([CONTROL, *options.also], flags)
-    paths = [path for path in options.configs if path != CONTROL]
-    candidates = [control] + [Candidate([path, *options.also], flags) for path in paths]
-    if options.textbook:
-        candidates.append(Textbook([CONTROL, *options.also], flags))
-    for i in range(options.rounds):
-        for candidate in candidates[::1 if i % 2 else -1]:
-            candidate.time_step()
-    results = [result(candidate, control) for candidate in candidates]
-    config = control.config
-    print(f'{control.place.device_name}, {config.dtype}, {"compiled" if config.compile else "eager"}, '
-          f'batch {config.batch_size} x {config.block_size}, tp_size {candidates[-1].config.tp_size}, '
-          f'torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds')
-    print(f'{"config":28} {"ms a step":>10} {"tokens/s":>10} {"ratio to dense":>15} {"95% interval":>15} '
-          f'{"MFU":>6} {"GiB":>6}')
-    for row in results:
-        mfu = f'{row["mfu"]:.1%}' if row['mfu'] else '-'
-        memory = f'{row["peak_memory_gib"]:.1f}' if row['peak_memory_gib'] is not None else '-'
-        print(f'{row["name"]:28} {row["step_seconds"] * 1e3:10.1f} {row["tokens_per_sec"]:10,.0f} '
-              f'{row["ratio"]:15.3f} {row["low"]:9.3f}-{row["high"]:.3f} {mfu:>6} {memory:>6}')
-    print(json.dumps(results))
+    if options.shard and options.textbook:
+        fail('--textbook is a step of one process; leave out --shard')
+    # compiled, every config is one more graph of one function; torch keeps 8, and would run the rest eagerly
+    torch._dynamo.config.recompile_limit = 1000
+    control = SHARDED_CONTROL if options.shard else CONTROL
+    paths = [control] + [path for path in options.configs if path != control]
+    shard = ['--shard=True'] * options.shard
+    configs = [load([path, *options.also, *flags, *shard]) for path in paths]
+    (bench_sharded if options.shard else bench_simulated)(configs, options)
 
 
 if __name__ == '__main__':

@@ -77,8 +77,8 @@ def ring(n, latency, bandwidth):
 
 def sweep(group, device):
     """
-    [(bytes, seconds)]: the median time of an all-reduce of each of SIZES over a process group (None: of
-    all). A collective call; groups that sweep at the same time share what they have in common.
+    [(bytes, seconds)]: the median time of an all-reduce of SIZES over a process group. A collective call;
+    groups that sweep at the same time share what they have in common.
     """
     def timed(message, reduction=dist.ReduceOp.SUM):
         began = time.perf_counter()
@@ -87,12 +87,14 @@ def sweep(group, device):
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    points = []
+    points, first = [], torch.zeros(1, device=device)
     for size in SIZES:
+        if first.item() > 0.5:          # a slow link is known well enough by now
+            break
         message = torch.zeros(size // 4, device=device)
-        first = torch.tensor(timed(message), device=device)
+        first.fill_(timed(message))
         timed(first, dist.ReduceOp.MAX)         # all have to repeat it as often
-        repeats = min(max(round(0.5 / first.item()), 3), 20)
+        repeats = min(max(round(0.2 / first.item()), 3), 20)
         points.append((size, statistics.median(timed(message) for _ in range(repeats))))
     return points
 
@@ -107,7 +109,8 @@ def fit(points):
 
 def predict(compute, messages, links):
     """
-    Seconds a step. compute: those of one rank without a network; links: the Link of each of 'tp', 'ddp', 'all'
+    Seconds a step. compute: those of one rank without a network; links: the Link of each of 'tp', 'ddp' and
+    'all'.
     """
     return compute + sum(links[KINDS[message.kind]].seconds(message.bytes) for message in messages)
 
@@ -212,10 +215,10 @@ def by_kind(messages):
 
 
 def print_messages(rows):
-    """rows: (name, messages) of each config. A step's all-reduces of each kind, and their megabytes."""
+    """rows: (name, what by_kind() gave) of each config."""
     print(f'{"all-reduces a step / MB":28}', *(f'{kind:>14}' for kind in KINDS))
-    for name, messages in rows:
-        cells = (f'{count:,} / {size / 1e6:,.4g}' for count, size in by_kind(messages).values())
+    for name, kinds in rows:
+        cells = (f'{count:,} / {size / 1e6:,.4g}' for count, size in kinds.values())
         print(f'{name:28}', *(f'{cell:>14}' for cell in cells))
 
 
@@ -318,7 +321,7 @@ def main(argv):
     for key in fields(Cluster):
         default = dict(required=True) if key.default is MISSING else dict(default=key.default)
         parser.add_argument(f'--{key.name}', type=key.type, **key.metadata, **default)
-    options, flags = parser.parse_known_args(argv)
+    options, flags = parser.parse_known_intermixed_args(argv)
     paths = vars(options).pop('configs')
     configs = [load([path, *flags]) for path in paths] + [load([paths[0], *flags, '--block_types=tp'])]
     first = configs[0]
@@ -334,7 +337,7 @@ def main(argv):
     for across in (True, False):
         print_layout(rows, control, cluster, across)
     print()
-    print_messages([(config.wandb_run_name, messages) for config, _, messages in rows])
+    print_messages([(config.wandb_run_name, by_kind(messages)) for config, _, messages in rows])
 
 
 if __name__ == '__main__':

@@ -1,0 +1,110 @@
+"""
+The cost model: its arithmetic by hand, its fit, and the all-reduces that it takes a step to have.
+
+    python -m pytest tests/test_costmodel.py
+"""
+
+import pytest
+
+import costmodel
+from configurator import load
+from costmodel import Cluster, Link, Message
+
+RUNS = {24: 24, 18: 18, 16: 16, 12: 12, 8: 7, 6: 5, 2: 1}       # communications, all-reduces each way
+
+
+def test_fit_finds_alpha_and_beta():
+    link = Link(alpha=3e-4, beta=2.5e7)
+    points = [(size, link.seconds(size)) for size in costmodel.SIZES]
+    assert costmodel.fit(points) == pytest.approx(link, rel=1e-6)
+    noisy = [(size, seconds * (1.1 if i % 2 else 0.9)) for i, (size, seconds) in enumerate(points)]
+    assert costmodel.fit(noisy) == pytest.approx(link, rel=0.15)
+
+
+def test_a_step_is_its_compute_and_each_all_reduce_on_its_link():
+    messages = [Message('forward', 1000), Message('forward', 1000), Message('average', 600)]
+    links = dict(tp=Link(0.5, 100.0), ddp=Link(0.25, 200.0))
+    assert costmodel.predict(2.0, messages, links) == 2.0 + 2 * (0.5 + 10.0) + (0.25 + 3.0)
+    assert costmodel.by_kind(messages)['forward'] == [2, 2000]
+
+
+def test_a_ring_sends_twice_all_but_its_own_part():
+    assert costmodel.ring(2, 1e-3, 1e6) == pytest.approx((2e-3, 1e6))
+    assert costmodel.ring(4, 1e-3, 1e6) == pytest.approx((6e-3, 1e6 * 4 / 6))
+
+
+@pytest.mark.parametrize('communications, all_reduces', RUNS.items())
+def test_the_streams_all_reduces_are_those_of_the_table(communications, all_reduces):
+    config = load([f'config/train_gpt2_{communications}comm.py'])
+    kinds = costmodel.by_kind(costmodel.design_messages(config, 4))
+    # 480 windows over 4 data-parallel processes, 12 in a micro-batch; bfloat16
+    expected = [10 * all_reduces, 10 * all_reduces * 12 * 1024 * 768 * 2]
+    assert kinds['forward'] == kinds['backward'] == expected
+    wte, wpe, layer_norms = 50304 * 768, 1024 * 768, 25 * 768
+    assert kinds['gradients'] == [1, 4 * (wte + wpe + layer_norms)]
+    assert kinds['average'] == [1, 4 * (wte + wpe + layer_norms + 12 * 12 * 768**2 // 2)]
+
+
+def test_predicted_seconds_by_hand():
+    keys = vars(load(['config/train_gpt2_2comm.py', 'config/cpu.py', '--n_layer=1', '--block_types=parallel',
+                      '--batch_size=4']))
+    cluster = Cluster(gbit=8, latency_us=100, nodes=2, gpus=4, node_gbit=80, node_latency_us=10, gpu_tflops=1)
+    C, V, T = 64, 512, 64
+    tokens, replicated, sharded = 4 * T, (V + T + 3) * C, 12 * C * C
+    # two groups of two share a node's GB/s; the average stays inside a node, at 10 GB/s
+    tp, ddp, everyone = Link(2e-4, 5e8), Link(2e-5, 1e10), Link(6e-4, 1e9 * 4 / 6)
+    mine = tokens // 2
+    flops = 6 * (sharded + (V + 3) * C) + 12 * C * T
+    expected = flops * tokens / 4e12 + sum((
+        2 * tp.seconds(4 * mine * C), tp.seconds(4 * mine), tp.seconds(8 * mine), tp.seconds(4 * mine * C),
+        tp.seconds(4 * replicated), tp.seconds(4), ddp.seconds(4 * (replicated + sharded // 2)),
+        everyone.seconds(8)))
+    assert costmodel.predicted_seconds(keys, cluster, vocab_size=V) == pytest.approx(expected, rel=1e-9)
+
+    dense = flops * tokens / 4e12 + Link(6e-4, 1e9 * 4 / 6).seconds(4 * (replicated + sharded))
+    seconds = costmodel.predicted_seconds(dict(keys, tp_size=1), cluster, vocab_size=V)
+    assert seconds == pytest.approx(dense + everyone.seconds(8), rel=1e-9)
+
+
+def test_groups_inside_a_node_leave_its_network_to_the_average():
+    links = Cluster(gbit=8, latency_us=100, nodes=2, gpus=8).links(tp_size=4, across=False)
+    assert links['tp'] == pytest.approx((6 * 5e-6, 450e9 * 4 / 6))
+    assert links['ddp'] == pytest.approx((2 * 1e-4, 1e9 / 4))           # four pairs over one network
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(gbit=0), 'gbit is 0'), (dict(gpus=7), 'gpus is 7'), (dict(latency_us=float('nan')), 'latency_us'),
+])
+def test_a_cluster_that_cannot_be_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        Cluster(**dict(gbit=1) | change)
+
+
+def test_a_tp_size_that_fits_no_node_is_refused():
+    with pytest.raises(ValueError, match='tp_size is 4, it must divide 2 nodes'):
+        Cluster(gbit=1).links(tp_size=4, across=True)
+    with pytest.raises(ValueError, match='tp_size is 6, it must divide 4 GPUs of a node'):
+        Cluster(gbit=1).links(tp_size=6, across=False)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['config/train_gpt2_2comm.py'], '--gbit'),
+    (['config/train_gpt2_2comm.py', '--gbit=fast'], 'fast'),
+    (['config/train_gpt2_2comm.py', '--gbit=1', '--gpus=14'], '480 windows'),
+    (['--gbit=1', 'config/train_gpt2_2comm.py', '--nodse=2'], 'nodse'),
+])
+def test_the_command_refuses_in_one_line(flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        costmodel.main(flags)
+    assert words in stopped.value.code and '\n' not in stopped.value.code
+
+
+def test_the_command_says_what_fewer_all_reduces_gain(capsys):
+    costmodel.main(['config/train_gpt2_24comm.py', 'config/train_gpt2_2comm.py', '--gbit=25'])
+    across, inside = capsys.readouterr().out.split('tensor-parallel groups')[1:]
+    config = load(['config/train_gpt2_2comm.py'])
+    for text, layout in (across, True), (inside, False):
+        times = [costmodel.predicted_seconds(load([f'config/train_gpt2_{n}comm.py']), Cluster(25), layout)
+                 for n in (24, 2)]
+        line = next(line for line in text.splitlines() if line.startswith(config.wandb_run_name))
+        assert line.split()[-1] == f'{times[0] / times[1]:.3f}'
