@@ -3,6 +3,7 @@ What a run keeps in its folder so that nothing is lost: files that are whole or 
 checkpoints.
 
     ckpt.pt         the latest;  ckpt-previous.pt  the one before it;  ckpt-best.pt  the best validation loss
+    ckpt-STEP.pt    those that keep_checkpoints asks for
     run.json        what the run is and how it stands
 """
 
@@ -18,7 +19,7 @@ import torch
 from corpus import atomic_write
 
 
-LATEST = ('ckpt.pt', 'ckpt-previous.pt')    # the first that can be read is where a run goes on
+LATEST = ('ckpt-new.pt', 'ckpt.pt', 'ckpt-previous.pt')    # ckpt-new.pt is there for a moment, and whole
 KEYS = {'model', 'optimizer', 'scaler', 'iter', 'config', 'vocab_size', 'corpus', 'progress'}
 held = []                               # open files whose locks last as long as the process
 
@@ -38,8 +39,9 @@ def read_run(path):
         return None
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is damaged: {error}') from error
-    if not isinstance(info, dict) or not {'name', 'state', 'iter', 'val_loss'} <= info.keys() \
-            or not isinstance(info.get('config'), dict):
+    kinds = dict(name=str, state=str, iter=int, val_loss=float | int | None, config=dict)
+    if not isinstance(info, dict) or not kinds.keys() <= info.keys() \
+            or not all(isinstance(info[key], kind) for key, kind in kinds.items()):
         raise ValueError(f'{path} is not a run.json that train.py wrote')
     return info
 
@@ -53,29 +55,56 @@ def lock(out_dir):
         raise ValueError(f'out_dir is {out_dir}, which another run is using now') from error
 
 
+def kept(out_dir):
+    """The checkpoints that are named by step, the oldest first."""
+    return sorted(Path(out_dir).glob('ckpt-[0-9]*.pt'))
+
+
+def to_resume_from(out_dir):
+    """Where checkpoints to go on from may be, the latest first."""
+    return [*(Path(out_dir) / name for name in LATEST), *reversed(kept(out_dir))]
+
+
 def exists(out_dir):
-    return any((Path(out_dir) / name).exists() for name in LATEST)
+    """Whether a checkpoint was finished: one that is ckpt-new.pt and nothing else was not, quite."""
+    return any((Path(out_dir) / name).exists() for name in LATEST[1:])
 
 
-def save(out_dir, state, best):
+def name_too(path, name):
+    """Gives a file another name in its folder, whose earlier file goes."""
+    other = path.with_name(name)
+    temporary = path.with_name(f'{name}.tmp')
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)        # takes no room of its own
+    except OSError:                     # not every file system has second names
+        with open(path, 'rb') as file, atomic_write(other) as copy:
+            shutil.copyfileobj(file, copy)
+    else:
+        os.replace(temporary, other)
+
+
+def save(out_dir, state, best, keep):
     """
-    Writes ckpt.pt, keeping the one before as ckpt-previous.pt, and ckpt-best.pt where this is the best so
-    far.
+    Writes ckpt.pt, keeping the one before as ckpt-previous.pt; ckpt-best.pt where this is the best so far;
+    with keep > 0 ckpt-STEP.pt, of which so many before this one stay.
+
+    Whenever the process is killed, a file that is there is whole, and from the end of the first call on one
+    of LATEST is there. ckpt.pt is named last: a run that goes on from it will not write the others again.
     """
-    names = ('', '-new', '-previous', '-best', '-best-new')
-    latest, new, previous, kept, kept_new = (Path(out_dir) / f'ckpt{name}.pt' for name in names)
-    with atomic_write(new) as file:
-        torch.save(state, file)
+    folder = Path(out_dir)
+    latest, new, previous = folder / 'ckpt.pt', folder / 'ckpt-new.pt', folder / 'ckpt-previous.pt'
+    first, *others = ['ckpt-best.pt'] * best + [f'ckpt-{state["iter"]:08}.pt'] * (keep > 0) + [new.name]
+    with atomic_write(folder / first) as file:
+        torch.save(state, file)         # into a file of Python's: while it writes, other threads can run
+    for name in others:
+        name_too(folder / first, name)
     if latest.exists():
         os.replace(latest, previous)
     os.replace(new, latest)
-    if best:
-        kept_new.unlink(missing_ok=True)
-        try:
-            os.link(latest, kept_new)   # a second name of the same file, which takes no room of its own
-        except OSError:                 # not every file system has such names
-            shutil.copyfile(latest, kept_new)
-        os.replace(kept_new, kept)
+    if keep:
+        for path in kept(folder)[:-keep - 1]:
+            path.unlink()
 
 
 def load(path):
@@ -101,11 +130,10 @@ def load(path):
 
 def load_latest(out_dir, warn):
     """
-    (path, checkpoint) of ckpt.pt, or of the one before where ckpt.pt is missing or damaged; warn(line) says
-    so.
+    (path, checkpoint) of the latest that can be read; warn(line) names those that are damaged. Raises
+    ValueError where there is none.
     """
-    for name in LATEST:
-        path = Path(out_dir) / name
+    for path in to_resume_from(out_dir):
         try:
             return path, load(path)
         except FileNotFoundError:

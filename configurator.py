@@ -11,6 +11,7 @@ import ast
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -29,7 +30,8 @@ NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
 LIMITS = dict(                          # GPTConfig checks the model's other keys
-    eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, eval_train_tokens=NOT_NEGATIVE, log_interval=AT_LEAST_1, seed=SEED,
+    eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, eval_train_tokens=NOT_NEGATIVE,
+    log_interval=AT_LEAST_1, checkpoint_interval=AT_LEAST_1, keep_checkpoints=NOT_NEGATIVE, seed=SEED,
     batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
     n_layer=LAYERS, learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE,
     beta1=FRACTION, beta2=FRACTION,
@@ -41,11 +43,12 @@ RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows
 
 def fail(message):
     """
-    Ends the program with one line on stderr and exit status 1. Under torchrun the first process alone prints.
+    Ends the program with one line on stderr and exit status 1. Under torchrun, which ends all once one has
+    ended, the first process speaks for those that find the same.
     """
     if int(os.environ.get('RANK', 0)) > 0:
-        time.sleep(5)                   # torchrun kills all once one has gone: let the first process speak
-        sys.exit(1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)                   # who is still here after that has found what the first did not
     sys.exit('error: ' + ' '.join(message.split()))
 
 
@@ -137,7 +140,7 @@ def read_file(path):
     namespace = {}
     try:
         exec(compile(text, path, 'exec'), namespace)
-    except Exception as error:          # whatever a config file does wrong, it is its writer's to read
+    except (Exception, SystemExit) as error:        # whatever a config file does wrong, it is its writer's to read
         fail(f'{path}: {type(error).__name__}: {error}')
     return {key: value for key, value in namespace.items()
             if not key.startswith('_') and not isinstance(value, types.ModuleType)}
@@ -198,6 +201,7 @@ def pattern(block_types):
 # what may differ between two calls of one run, or between two runs that are compared: not the recipe
 HOUSEKEEPING = {
     'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
+    'checkpoint_interval', 'keep_checkpoints',
     'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
     'tp_across_nodes', 'eval_train_tokens', 'log_drift',
 }

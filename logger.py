@@ -16,6 +16,13 @@ TRACKED = {'communications', 'parameters', 'tokens_per_step', 'processes', 'devi
 CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}   # W&B's names, where they are not ours
 
 
+def finite(value):
+    """The value, with None in place of a number that is not finite, which JSON does not have. Lists too."""
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Log:
     """
     The first process's log; the others' is silent.
@@ -52,11 +59,10 @@ class Log:
             sys.stdout.flush()
 
     def write(self, **line):
-        """One line of metrics, for programs. A number that is not finite is written as null."""
+        """One line of metrics, for programs."""
         if not self.first:
             return
-        line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in line.items()}
+        line = {key: finite(value) for key, value in line.items()}
         try:
             self.metrics.write(json.dumps(line).encode() + b'\n')
             self.metrics.flush()
@@ -66,10 +72,14 @@ class Log:
             charts = {CHARTS.get(key, key): value for key, value in line.items()}
             self.guard_wandb(lambda: self.wandb.log(charts))
 
-    def flush(self):
-        """Puts the metrics on the disk. Returns their size in bytes."""
-        os.fsync(self.metrics.fileno())
+    def size(self):
+        """The bytes of all metrics so far, whether they are on the disk or on their way."""
         return self.metrics.tell()
+
+    def flush(self):
+        """Puts the metrics on the disk. Raises OSError where it does not take them."""
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
 
     def progress(self, step, total, words):
         """How far the run is: on the bar where there is one, else as a line."""
@@ -82,7 +92,10 @@ class Log:
     def close(self, exit_code):
         if self.first:
             self.bar.close()
-            self.metrics.close()
+            try:
+                self.metrics.close()
+            except OSError as error:
+                self.say(f'warning: the last lines of metrics.jsonl could not be written: {error}')
             if self.wandb:
                 self.guard_wandb(lambda: self.wandb.finish(exit_code))
 

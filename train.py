@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -37,7 +38,7 @@ from configurator import communications, differences, fail, load
 from corpus import open_corpus
 from dataloader import TrainLoader, val_batches
 from drift import measure_drift
-from logger import Log
+from logger import Log, finite
 from model import GPT, GPTConfig, Ranks, count_all_reduces, join_shards, take_shard
 
 RESUMABLE = 75                          # EX_TEMPFAIL: stopped by a signal, saved, to be continued
@@ -199,11 +200,14 @@ def claim(config):
         raise ValueError(f'out_dir is {out_dir}, which cannot be written: {error.strerror}') from error
     info, saved = checkpoint.read_run(f'{out_dir}/run.json'), checkpoint.exists(out_dir)
     changed = differences(info['config'], vars(config)) if info else {}
-    if info and info['state'] == 'finished' and not changed:
-        return f'{info["name"]} is finished: val loss {info["val_loss"]:.4f}, step {info["iter"]} ({out_dir})'
+    finished = info is not None and info['state'] == 'finished'
+    if finished and not changed:
+        loss = math.nan if info['val_loss'] is None else info['val_loss']
+        return f'{info["name"]} is finished: val loss {loss:.4f}, step {info["iter"]} ({out_dir})'
     if resume and not saved:
         raise ValueError(f'init_from is resume, but {out_dir} has no checkpoint')
-    if changed and not resume:
+    longer = finished and config.max_iters > info['iter']       # a finished run may go on to be that
+    if changed and not (resume and (longer or not finished)):
         words = ', '.join(f'{key} is {theirs} there, {ours} here' for key, (theirs, ours) in changed.items())
         raise ValueError(f'out_dir is {out_dir}, which holds another run ({words}); choose another --out_dir')
     if saved and not resume:
@@ -216,7 +220,7 @@ def claim_together(config, place):
     if place.first:
         try:
             result = claim(config)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             refusal = str(error)
     result, refusal = agree((result, refusal), place)
     if refusal:
@@ -392,13 +396,14 @@ def optimized_names(net):
 
 def dense_state(net):
     """
-    The dense model's and optimizer's state, on the CPU, whatever this process hosts. A collective call when
-    sharded.
+    A copy of the dense model's and optimizer's state, on the CPU, whatever this process hosts. A collective
+    call when sharded.
 
     The tied head is wte itself, so that a file holds it once.
     """
     def dense(name, tensor):
-        return join_shards(name, tensor.detach(), net.raw.ranks).cpu() if tensor.dim() else tensor.cpu()
+        whole = join_shards(name, tensor.detach(), net.raw.ranks) if tensor.dim() else tensor
+        return whole.to('cpu', copy=True)
 
     weights = {name: dense(name, p) for name, p in net.raw.named_parameters()}
     weights['lm_head.weight'] = weights['transformer.wte.weight']
@@ -409,15 +414,24 @@ def dense_state(net):
 
 
 def load_dense_state(net, saved):
-    """What dense_state gave, into the model and optimizer, of which a sharded process keeps its slices."""
-    def mine(name, tensor):
-        return take_shard(name, tensor, net.raw.ranks) if tensor.dim() else tensor
+    """
+    What dense_state gave, into the model and optimizer, of which a sharded process keeps its slices. The
+    optimizer keeps its own weight decay and betas. Raises ValueError and the like where it does not fit.
+    """
+    def mine(name, key, tensor):
+        scalar = key == 'step'
+        if tensor.shape != (() if scalar else saved['model'][name].shape):
+            raise ValueError(f'{key} of {name} has the shape {tuple(tensor.shape)}')
+        return tensor if scalar else take_shard(name, tensor, net.raw.ranks)
 
     net.raw.load_dense(saved['model'])
-    state, names = saved['optimizer'], optimized_names(net)
-    moments = {i: {key: mine(names[i], value) for key, value in entry.items()}
-               for i, entry in state['state'].items()}
-    net.optimizer.load_state_dict(dict(state, state=moments))
+    state, names = saved['optimizer']['state'], optimized_names(net)
+    if state and (state.keys() != set(range(len(names)))
+                  or any(entry.keys() != {'step', 'exp_avg', 'exp_avg_sq'} for entry in state.values())):
+        raise ValueError("the optimizer's state is not that of AdamW for this network")
+    moments = {i: {key: mine(names[i], key, value) for key, value in entry.items()}
+               for i, entry in state.items()}
+    net.optimizer.load_state_dict(dict(net.optimizer.state_dict(), state=moments))
 
 
 @dataclass
@@ -444,6 +458,8 @@ class Run:
         self.info = describe(config, corpus, dense, observe_all_reduces(dense), place)
         self.net = Network((dense if ranks is None else dense.shard(ranks)).to(place.device), config)
         self.now = Progress()
+        self.writer, self.writing = ThreadPoolExecutor(1), None     # of checkpoints; the one on its way
+        self.saved = None               # the step of the last one that was written
 
     def restore(self):
         """
@@ -452,18 +468,31 @@ class Run:
         """
         config, lines = self.config, []
         path, saved = checkpoint.load_latest(config.out_dir, lines.append)
-        there = dict(saved['config'], vocab_size=saved['vocab_size'])
-        changed = differences(there, dict(vars(config), vocab_size=self.net.raw.config.vocab_size))
-        for key in {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'} & changed.keys():
-            raise ValueError(f'{key} is {changed[key][1]}, {path} holds a network with {changed[key][0]}')
-        if saved['iter'] > config.max_iters:
-            raise ValueError(f'max_iters is {config.max_iters}, {path} is at step {saved["iter"]} already')
+        network = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'}
+
+        def identity(keys, vocab_size, corpus):
+            return dict(keys, vocab_size=vocab_size, train_tokens=corpus['splits']['train']['tokens'],
+                        val_sha256=corpus['splits']['val']['sha256'])
+
         try:
+            there = identity(saved['config'], saved['vocab_size'], saved['corpus'])
+            changed = differences(
+                there, identity(vars(config), self.net.raw.config.vocab_size, self.corpus.meta))
+            if network & changed.keys():
+                raise ValueError(', '.join(f'{key} is {ours} here, {theirs} there'
+                                           for key, (theirs, ours) in changed.items() if key in network))
+            self.now = Progress(**saved['progress'])
+            for field in fields(Progress):
+                if not isinstance(getattr(self.now, field.name), field.type):
+                    raise ValueError(f'{field.name} is {getattr(self.now, field.name)!r:.40}')
+            if self.now.iter > config.max_iters:
+                raise ValueError(f'max_iters is {config.max_iters}, it is at step {self.now.iter} already')
             load_dense_state(self.net, saved)
             self.net.scaler.load_state_dict(saved['scaler'])
-            self.now = Progress(**saved['progress'])
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f'{path} does not fit this run: {error}') from error
+        if path.name == 'ckpt.pt':
+            self.saved = self.now.iter
         lines += [f'warning: {key} was {theirs} up to step {self.now.iter}, it is {ours} from here on'
                   for key, (theirs, ours) in changed.items()]
         return lines + [f'resuming from {path} at step {self.now.iter}']
@@ -473,23 +502,48 @@ class Run:
         Updates until max_iters, or until a signal. Returns whether the run is finished. Says `lines` at its
         start.
         """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: signals.append(number))
         config, place, now = self.config, self.place, self.now
-        self.log = Log(config, place.first, self.info, now.iter, now.metrics_bytes, now.wandb_id)
-        self.note_state('running')
-        for line in self.introduction() + lines:
-            self.log.say(line)
-        self.net.wrap(self.loader.micro_batch, ddp_group, config, place, self.log.say)
+        try:
+            self.log = Log(config, place.first, self.info, now.iter, now.metrics_bytes, now.wandb_id)
+        except OSError as error:
+            fail(f'{error.filename} cannot be written: {error.strerror}')
+        try:
+            self.note_state('running')
+            for line in self.introduction() + lines:
+                self.log.say(line)
+            self.net.wrap(self.loader.micro_batch, ddp_group, config, place, self.log.say)
+            reached_the_end = self.update()
+            self.finish_writing()
+            # all leave together: torchrun ends who is left once one has left
+            finished = agree(reached_the_end and self.saved == now.iter, place)
+            self.note_state('finished' if finished else 'resumable')
+        except BaseException:
+            self.note_state('failed')
+            raise
+        self.log.close(0 if finished else RESUMABLE)
+        return finished
+
+    def update(self):
+        """Updates, evaluates and saves until max_iters or a signal. Returns whether it is max_iters."""
+        config, now = self.config, self.now
         stopping, self.failures, self.timed = False, 0, []
         while not stopping:
-            due = now.iter % config.eval_interval == 0 or now.iter == config.max_iters
-            if due and now.evaluated != now.iter:
-                self.evaluate()
-            if now.iter == config.max_iters:
-                self.note_state('finished')
+            last, best = now.iter == config.max_iters, False
+            evaluating = (last or now.iter % config.eval_interval == 0) and now.evaluated != now.iter
+            if evaluating:
+                best = self.evaluate()
+            if config.checkpoint_interval:
+                due = now.iter % config.checkpoint_interval == 0
+            else:
+                due = evaluating and config.always_save_checkpoint
+            if (due or best or last) and (evaluating or self.saved != now.iter):
+                self.save(best)
+            if last:
                 return True
             stopping = self.step()
         self.save()
-        self.note_state('resumable')
         return False
 
     def introduction(self):
@@ -509,8 +563,8 @@ class Run:
         began, lr = time.perf_counter(), learning_rate(now.iter, config)
         try:
             batches = list(self.loader.batches(now.iter))
-        except ValueError as error:     # met by this process alone, which therefore says it itself
-            sys.exit(f'error: {error}')
+        except ValueError as error:
+            fail(str(error))
         if config.dropout:              # masks follow from the step, so that a resumed run draws the same
             seeds = np.random.SeedSequence((config.seed, now.iter, self.place.ddp_rank))
             torch.manual_seed(int(seeds.generate_state(1)[0]))
@@ -552,7 +606,7 @@ class Run:
         self.log.progress(now.iter, config.max_iters, ' | '.join([*words, f'{left} left']))
 
     def evaluate(self):
-        """Validation loss, and a checkpoint."""
+        """Validation loss. Returns whether it is the best so far."""
         config, now, began = self.config, self.now, time.perf_counter()
         now.val_loss, tokens = evaluate(
             self.net.fast, self.corpus.val, config.eval_tokens, config, self.place)
@@ -564,8 +618,7 @@ class Run:
         self.log.write(iter=now.iter, val_loss=now.val_loss, val_tokens=tokens, **extras)
         note = ' (best)' if best else ''
         self.log.say(f'step {now.iter}: val loss {now.val_loss:.4f} over {tokens:,} tokens{note}')
-        if config.always_save_checkpoint or best or now.iter == config.max_iters:
-            self.save(best)
+        return best
 
     def extras(self):
         """What an evaluation line says beside the validation loss, where it was asked for."""
@@ -580,36 +633,86 @@ class Run:
         return extras
 
     def save(self, best=False):
-        """A checkpoint, by the first process. A disk that refuses is warned of, and training goes on."""
+        """A checkpoint, by the first process. Training waits for a copy on the CPU, which a thread writes."""
+        self.finish_writing()           # one copy at a time
         state = dense_state(self.net) if self.place.ddp_rank == 0 else None
         if not self.place.first:
             return
+        self.now.metrics_bytes = self.log.size()
+        self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
+        state.update(scaler=self.net.scaler.state_dict(), iter=self.now.iter, progress=asdict(self.now),
+                     config=vars(self.config), vocab_size=self.net.raw.config.vocab_size,
+                     corpus=self.corpus.meta)
+        self.writing = self.writer.submit(self.write, state, best)
+
+    def write(self, state, best):
+        """In the thread. A disk that refuses is warned of, and training goes on."""
         try:
-            self.now.metrics_bytes = self.log.flush()
-            self.now.wandb_id = self.log.wandb.id if self.log.wandb else self.now.wandb_id
-            state.update(scaler=self.net.scaler.state_dict(), iter=self.now.iter, progress=asdict(self.now),
-                         config=vars(self.config), vocab_size=self.net.raw.config.vocab_size,
-                         corpus=self.corpus.meta)
-            checkpoint.save(self.config.out_dir, state, best)
+            self.log.flush()            # the lines that a checkpoint counts on are on the disk before it
+            checkpoint.save(self.config.out_dir, state, best, self.config.keep_checkpoints)
+            self.saved = state['iter']
         except (OSError, RuntimeError) as error:        # torch.save makes the one of the other
-            self.log.say(f'warning: no checkpoint at step {self.now.iter}, {error}; the last one is intact')
+            self.log.say(f'warning: no checkpoint at step {state["iter"]}, {error}; the last one is intact')
+
+    def finish_writing(self):
+        """Waits for the checkpoint that is being written, if any."""
+        if self.writing:
+            self.writing.result()
 
     def note_state(self, state):
-        """run.json, by the first process: state is one of running, finished, resumable, failed."""
+        """
+        run.json, by the first process, once the checkpoints that it speaks of are written: state is one of
+        running, finished, resumable, failed.
+        """
+        self.finish_writing()
         if self.place.first:
             now = self.now
-            self.info.update(state=state, iter=now.iter, val_loss=now.val_loss, seconds=now.seconds)
+            self.info.update(state=state, iter=now.iter, val_loss=finite(now.val_loss), seconds=now.seconds)
             try:
                 checkpoint.write_json(f'{self.config.out_dir}/run.json', self.info)
             except OSError as error:
                 self.log.say(f'warning: run.json does not say that the run is {state}: {error}')
 
 
-def smaller_batches(config):
-    """The flags that keep a step's windows and take about two thirds of the memory."""
+def fail_of_memory(config):
+    """One line with the flags that keep a step's windows and take about two thirds of the memory, or less."""
     windows = config.batch_size * config.gradient_accumulation_steps
-    size = max(n for n in range(1, config.batch_size * 2 // 3 + 2) if windows % n == 0)
-    return f'--batch_size={size} --gradient_accumulation_steps={windows // size}'
+    sizes = range(1, max(2, config.batch_size * 2 // 3 + 1))
+    size = max(n for n in sizes if windows % n == 0)
+    if config.batch_size == 1:
+        fail('out of GPU memory with --batch_size=1; --block_size or the model has to be smaller')
+    fail(f'out of GPU memory; --batch_size={size} --gradient_accumulation_steps={windows // size} keeps the '
+         'batch and takes less')
+
+
+def fail_alone(config, place):
+    """Names the processes that a failed collective call has lost, by one of those that live."""
+    gone = missing_processes(place)
+    if place.process == min(set(range(place.processes)) - set(gone)):
+        who = f'process {", ".join(map(str, gone))}' if gone else 'a process that lives'
+        print(f'error: lost touch with {who} of {place.processes}; --init_from=resume goes on from the last '
+              f'checkpoint in {config.out_dir}', file=sys.stderr)
+    sys.exit(1)
+
+
+def run_here(config, place, corpus, loader, model_config):
+    """Trains, or evaluates where that is all that is asked for. Returns the exit status."""
+    ranks, ddp_group = connect(config, place)
+    if not config.eval_only and (result := claim_together(config, place)):
+        if place.first:
+            print(result)
+        return 0
+    run = Run(config, place, corpus, loader, model_config, ranks)
+    try:
+        lines = run.restore() if config.init_from == 'resume' else []
+    except ValueError as error:
+        config.refuse(str(error))
+    if not config.eval_only:
+        return 0 if run.train(ddp_group, lines) else RESUMABLE
+    loss, tokens = evaluate(run.net.raw, corpus.val, config.eval_tokens, config, place)
+    if place.first:
+        print(*lines, f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}', sep='\n')
+    return 0
 
 
 def main(argv):
@@ -624,45 +727,16 @@ def main(argv):
                              place.ddp_size, config.batch_size, place.device)
     except ValueError as error:
         config.refuse(str(error))
-    ranks, ddp_group = connect(config, place)
-    if not config.eval_only and (result := claim_together(config, place)):
-        if place.first:
-            print(result)
-        return disconnect(place)
-    run = Run(config, place, corpus, loader, model_config, ranks)
     try:
-        lines = run.restore() if config.init_from == 'resume' else []
-    except ValueError as error:
-        config.refuse(str(error))
-    if config.eval_only:
-        loss, tokens = evaluate(run.net.raw, corpus.val, config.eval_tokens, config, place)
-        if place.first:
-            print(*lines, f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}', sep='\n')
-        return disconnect(place)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    try:
-        finished = run.train(ddp_group, lines)
+        status = run_here(config, place, corpus, loader, model_config)
     except torch.OutOfMemoryError:
-        run.note_state('failed')
-        sys.exit(f'error: out of GPU memory; {smaller_batches(config)} keeps the batch and takes less')
+        fail_of_memory(config)
     except RuntimeError as error:
-        run.note_state('failed')
         if place.processes == 1 or not re.search('peer|timed out|connection|socket', str(error), re.I):
             raise
-        gone = missing_processes(place)
-        if place.process == min(set(range(place.processes)) - set(gone)):
-            who = f'process {", ".join(map(str, gone))}' if gone else 'a process that lives'
-            print(f'error: lost touch with {who} of {place.processes} at step {run.now.iter}; '
-                  f'--init_from=resume goes on from the last checkpoint in {config.out_dir}', file=sys.stderr)
-        sys.exit(1)
-    except BaseException:
-        run.note_state('failed')
-        raise
-    run.log.close(0 if finished else RESUMABLE)
+        fail_alone(config, place)
     disconnect(place)
-    if not finished:
-        sys.exit(RESUMABLE)
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,8 @@ eval_train_tokens: int = 0                  # evaluations read the first so many
 log_drift: bool = False                     # log at evaluations how far apart the ranks' streams are
 eval_only: bool = False                     # evaluate once and stop
 always_save_checkpoint: bool = True         # save at every evaluation; False: only at the best so far
+checkpoint_interval: int | None = None      # save every so many updates instead, and at the best so far
+keep_checkpoints: int = 0                   # so many before the latest stay, too, named by step
 init_from: Literal['scratch', 'resume'] = 'scratch'     # resume: continue from out_dir/ckpt.pt
 seed: int = 1337                            # initial weights, batches and dropout follow from it
 

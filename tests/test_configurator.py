@@ -164,13 +164,14 @@ def test_a_file_that_is_not_text_gets_one_line(tmp_path):
     assert 'folder.py' in refusal(str(tmp_path / 'folder.py'))
 
 
-def test_under_torchrun_only_the_first_process_speaks(monkeypatch, capsys):
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-    for ddp_rank, code in (('0', 'error: what is wrong'), ('1', 1)):
-        monkeypatch.setenv('RANK', ddp_rank)
+def test_under_torchrun_the_first_process_speaks_at_once_and_the_others_after_it(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(time, 'sleep', waited.append)
+    for process, seconds in ('0', []), ('1', [5]):
+        monkeypatch.setenv('RANK', process)
         with pytest.raises(SystemExit) as stopped:
-            fail('what is wrong')
-        assert stopped.value.code == code
+            fail('what is\nwrong')
+        assert stopped.value.code == 'error: what is wrong' and waited == seconds
     assert capsys.readouterr() == ('', '')
 
 

@@ -576,9 +576,9 @@ def full_disk(size):
 def test_a_checkpoint_that_cannot_be_written_is_warned_of(undisturbed, tmp_path, monkeypatch, capsys):
     real = checkpoint.save
 
-    def save(out_dir, state, best):
+    def save(out_dir, state, *args):
         with full_disk(300_000) if state['iter'] == 20 else contextlib.nullcontext():
-            real(out_dir, state, best)
+            real(out_dir, state, *args)
     monkeypatch.setattr(checkpoint, 'save', save)
     stop_at(monkeypatch, 26, crash)
     with pytest.raises(Crash):
