@@ -8,6 +8,7 @@ The checkpoint says which tokenizer it was trained with; --block_types and --tp_
 """
 
 import argparse
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -32,9 +33,19 @@ def parse(argv):
     parser.add_argument('--top_k', type=int, default=200, help='only the k likeliest tokens; 0 for all')
     parser.add_argument('--seed', type=int, default=1337)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.error = lambda message: fail(f'{message}; see python sample.py --help')
     options = parser.parse_args(argv)
-    if options.temperature <= 0 or options.num_samples < 1 or options.max_new_tokens < 1 or options.top_k < 0:
-        fail('temperature must be above 0, num_samples and max_new_tokens at least 1, top_k at least 0')
+    for key, fits, wanted in (('temperature', 0 < options.temperature < math.inf, 'above 0'),
+                              ('num_samples', options.num_samples >= 1, 'at least 1'),
+                              ('max_new_tokens', options.max_new_tokens >= 1, 'at least 1'),
+                              ('top_k', options.top_k >= 0, 'at least 0'),
+                              ('seed', 0 <= options.seed < 2**63, 'at least 0 and below 2**63')):
+        if not fits:
+            fail(f'--{key}={getattr(options, key)}: it must be {wanted}')
+    try:
+        torch.zeros(1, device=options.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f'--device={options.device}: this machine or this torch does not have it; try --device=cpu')
     return options
 
 
@@ -59,7 +70,9 @@ def main(argv):
         if start.startswith('FILE:'):
             start = Path(start.removeprefix('FILE:')).read_text()
         prompt = tokenizer.encode(start)
-    except (ValueError, OSError, RuntimeError) as error:
+    except OSError as error:
+        fail(f'{error.filename}: {error.strerror}' if error.filename else str(error))
+    except (ValueError, RuntimeError) as error:
         fail(str(error))
     if not prompt:
         fail('--start is empty; the model needs a token to go on from')
