@@ -1,22 +1,24 @@
 """
 The guide's questions, answered from the rows that runs.py makes, in words.
 
-Each answer is a list of lines. What a row's runs cannot tell is said to be not answerable from these runs: the
-guide's thresholds hold for one model, length and tokenizer; one seed has no interval; and nothing below the
-rounding floor is called a difference.
+Each answer is a list of lines. What the runs cannot tell is said to be not answerable from them: the guide's
+thresholds hold for one model, length and tokenizer; one seed has no interval; and nothing below the rounding
+floor is called a difference.
 
 References  a line with one bend, its place chosen by least squares: Hinkley (1971), JASA 66(336)
             the p value of a test chosen among m, times m: Bonferroni; Dunn (1961), JASA 56(293)
             prediction on a fitted line: Draper & Smith, Applied Regression Analysis, section 3.1
 """
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
-from runs import (SPIKE, Estimate, Row, estimate, judge, pattern, paired, settings, simulated, t_quantile, to_dense,
+from configurator import pattern
+from runs import (SPIKE, Estimate, Row, estimate, judge, paired, settings, simulated, t_quantile, to_dense,
                   verdict)
 
 # the guide's thresholds hold for one model, length and tokenizer
@@ -75,7 +77,8 @@ def goal(rows, communications, limit):
     lines = [f'{row.title}: {below(row, limit)}' for row in scoped] + caveat(scoped)
     if len(scoped) < len(rows):
         lines.append(f'{UNANSWERED} in its absolute form: the thresholds are for {GUIDE_SCOPE}')
-    return lines + [f'relative form, {row.title} minus dense: {verdict(to_dense(row), row.floor)}' for row in rows]
+    return lines + [f'relative form, {row.title} minus dense: {verdict(to_dense(row), row.floor)}'
+                    for row in rows]
 
 
 def closeness(rows):
@@ -137,12 +140,12 @@ def comparisons(rows):
                     found.append(('merge', a, b))
                 if a.variant == 'attn' and plain(a, 'attn_') == b.block_types:
                     found.append(('sync', a, b))
-    order = ('placement', 'merge', 'sync')
-    return [Comparison(kind, a, b, paired(a, b)) for kind, a, b in sorted(found, key=lambda one: order.index(one[0]))]
+    found.sort(key=lambda one: ('placement', 'merge', 'sync').index(one[0]))
+    return [Comparison(kind, a, b, paired(a, b)) for kind, a, b in found]
 
 
 def compared(rows, kind, missing):
-    """The comparisons of one kind as lines, and how often each verdict was given; `missing` where there is none."""
+    """The comparisons of a kind and their verdicts counted, as lines. missing: what to say without any."""
     found = [comparison for comparison in comparisons(rows) if comparison.kind == kind]
     if not found:
         return [f'{UNANSWERED}: {missing}']
@@ -159,10 +162,8 @@ def compared(rows, kind, missing):
 
 def curves(rows):
     """
-    The rows of each curve of loss against communications, most communications first: one curve per tp_size, and
-    apart for the variants.
-
-    Where a count was placed in several ways, the curve goes through the most alternating.
+    The rows of each curve of loss against communications, most communications first: a curve for each tp_size
+    and variant. Where a count was placed in several ways, it goes through the most alternating.
     """
     by_curve = {}
     for row in sorted((row for row in rows if not row.dense), key=switches):
@@ -181,12 +182,13 @@ def curve_name(row):
 @dataclass
 class Bend:
     """
-    A curve of mean losses as two lines that meet, fitted by least squares, against a straight one.
+    A curve as two lines that meet, fitted by least squares, against a straight one.
 
-    The loss of a seed at x communications is a + slope (most - x) + bend max(0, at - x). `at` is the count, but for
-    the first and the last, that leaves the mean curve the least squares. The bend is fitted seed by seed, so that it
-    has a t-test over seeds, whatever the seeds have in common; its p is multiplied by how many counts were tried. A
-    seed's dense control would shift all of its points alike: the bend of the losses is the bend of the differences.
+    The loss of a seed at x communications is a + slope (most - x) + bend max(0, at - x). Of all counts but
+    the first and the last, `at` is the one that leaves the mean curve the least squares. The bend is fitted
+    seed by seed, which gives it a t-test over seeds, the independent ones here; its p is multiplied by how
+    many counts were tried. Subtracting a seed's dense control would shift all of its points alike, not bend
+    them.
     """
     curve: list                     # Rows, most communications first
     seeds: list                     # those that have all the counts
@@ -220,7 +222,7 @@ def fit_bend(curve):
     mean, one = y.mean(1), np.ones_like(x)
 
     def fit(*columns):
-        """Least squares of the columns: coefficients for each seed (columns, seeds), squares left of the mean."""
+        """Least squares: the columns' coefficients (columns, seeds), and the squares left of the mean."""
         design = np.stack((one, *columns), axis=1)
         inverse = np.linalg.pinv(design)
         return inverse @ y, float(((mean - design @ (inverse @ mean)) ** 2).sum())
@@ -249,51 +251,46 @@ def cliff(curve):
     elif found.bend.mean <= 0:
         answer = f'no: from {at} communications to {fewest} the loss does not rise more steeply than before'
     elif found.p is None:
-        answer = f'{UNANSWERED}: one seed, no interval, so no test; the loss bends most at {at} communications'
+        answer = f'{UNANSWERED}: one seed, no interval, so no test; the bend is at {at} communications'
     elif found.p >= 0.05 or not rise.clear:
         answer = f'none shown: a bend at {at} communications is not told apart from a straight line'
     elif gradual:
-        answer = f'no: the loss bends at {at} communications, but a logarithm describes it about as well: gradual'
+        answer = f'no: the loss bends at {at} communications, but as a logarithm does: gradual'
     else:
         answer = f'yes: below {at} communications the loss rises more steeply'
-    p = 'none' if found.p is None else f'{found.p:.2g}'
-    squares = found.left
-    total = squares['straight'] or 1
+    counts, total = ', '.join(str(row.communications) for row in curve), found.left['straight'] or 1
+    test = ('one seed, no test' if found.p is None else
+            f't-test of the bend over n={n} seeds, times {len(curve) - 2} for the choice of where: '
+            f'p = {found.p:.2g}')
     return [
-        answer + f'; {fewest} minus {at} communications: {rise}',
-        f'two lines that meet at {at} against a straight one, over {", ".join(str(row.communications) for row in curve)}'
-        f': {found.slopes[0]:+.5f} nats per communication dropped before, {found.slopes[1]:+.5f} after; t-test of the '
-        f'bend over n={n} seed{"s" * (n > 1)}, p times {len(curve) - 2} for the choice of where: p = {p}',
-        f'linear, logarithmic or cliff-like: of what a straight line leaves unexplained, a logarithm leaves '
-        f'{squares["logarithm"] / total:.0%} and the two lines {squares["bent"] / total:.0%}']
+        f'{answer}; {fewest} minus {at} communications: {rise}',
+        f'two lines that meet at {at} against a straight one, over {counts}: {found.slopes[0]:+.5f} nats per '
+        f'communication dropped before, {found.slopes[1]:+.5f} after; {test}',
+        f'linear, logarithmic or cliff-like: of the squares that a straight line leaves, a logarithm leaves '
+        f'{found.left["logarithm"] / total:.0%}, the two lines {found.left["bent"] / total:.0%}']
 
 
 # loss against time
 
 
 def fastest_first(rows):
-    """The rows with a predicted step time and a paired difference, and their controls, the fastest step first."""
-    known = [row for row in rows if row.seconds is not None and (row.dense or to_dense(row))]
-    return sorted(known, key=lambda row: (row.seconds, loss_to_dense(row)))
-
-
-def loss_to_dense(row):
-    """A row's mean paired difference, 0 for the control itself."""
-    return 0.0 if row.dense else to_dense(row).mean
+    """The rows with a predicted step time and a paired difference, the fastest step first."""
+    known = [row for row in rows if row.seconds is not None and to_dense(row)]
+    return sorted(known, key=lambda row: (row.seconds, to_dense(row).mean))
 
 
 def front(rows):
     """The rows of one recipe that no other beats in both predicted step time and difference to dense."""
     best, kept = math.inf, []
     for row in fastest_first(rows):
-        if loss_to_dense(row) < best:
+        if to_dense(row).mean < best:
             kept.append(row)
-            best = loss_to_dense(row)
+            best = to_dense(row).mean
     return kept
 
 
 def sweet_spot(rows, link):
-    """Which config gives the most for its predicted step time, as lines. link: what --link says; None without."""
+    """Which config gives the most for its predicted step time, as lines. link: what --link says, or None."""
     if link is None:
         return [f'{UNANSWERED}: no link was given; --link=25,30 predicts step times for 25 Gbit/s and 30 us']
     lines = []
@@ -303,15 +300,13 @@ def sweet_spot(rows, link):
             continue
         lines.append(f'Pareto front{note}, fastest first: ' + '; '.join(
             f'{row.title} {row.seconds * 1e3:.4g} ms, {to_dense(row)}' for row in best))
-        safe = [row for row in timed if judge(to_dense(row), row.floor) in ('lower', 'no difference')]
-        if safe:
-            lines.append(f'fastest that is not worse than dense: {safe[0].title}, {safe[0].seconds * 1e3:.4g} ms')
-        elif timed:
-            lines.append('none of them is shown to be no worse than dense')
+        safe = [row for row in timed if judge(to_dense(row), row.floor).startswith(('lower', 'no diff'))]
+        lines.append(f'the fastest shown to be no worse than dense{note}: '
+                     + (f'{safe[0].title}, {safe[0].seconds * 1e3:.4g} ms' if safe else 'none'))
     if not lines:
         return [f'{UNANSWERED}: no step time could be predicted for a config that has a dense control']
-    return lines + [f'step times are predicted for {link}, not measured; the front goes by means, and configs on it '
-                    'whose intervals overlap are not told apart']
+    return lines + [f'step times are predicted for {link}, not measured; the front goes by means, and '
+                    'configs on it whose intervals overlap are not told apart']
 
 
 def speed(rows, link):
@@ -320,16 +315,19 @@ def speed(rows, link):
     for full, *fewer in curves(rows):
         if set(full.block_types) != {'tp'}:
             continue
+        ratios = [f'{row.communications}: {full.seconds / row.seconds:.2f}' for row in fewer
+                  if row.seconds and full.seconds]
+        if ratios:
+            predicted.append(f'{curve_name(full)}, predicted times the speed of all-tp, by communications: '
+                             + ', '.join(ratios))
         for row in fewer:
             ratio = paired_ratio(row, full)
             if row.first.config.get('shard') and full.first.config.get('shard') and ratio:
                 measured.append(f'{row.title}: {ratio} times the tokens/s of all-tp')
-            if row.seconds and full.seconds:
-                predicted.append(f'{row.title}: {full.seconds / row.seconds:.3f} times, predicted for {link}')
     if not measured:
         measured = [f'{UNANSWERED}: simulated ranks have no network between them for tokens/s to speak of'
                     if simulated(rows) else f'{UNANSWERED}: there is no all-tp run to compare with']
-    return measured + predicted
+    return measured + predicted + ([f'predicted for {link}'] if predicted else [])
 
 
 def paired_ratio(row, other):
@@ -347,15 +345,16 @@ def paired_ratio(row, other):
 
 def tally(differences, lower, higher, digits='4'):
     """
-    {row: (paired difference to dense, floor)} -> how many configs are lower, higher and neither, as lines that name
-    the furthest. lower, higher: what to call it.
+    {row: (paired difference to dense, floor)} -> how many configs are lower, higher and neither, as lines,
+    each with the furthest. lower, higher: what to call it.
     """
     judged = {}
     for row, (difference, floor) in differences.items():
         if difference is not None:
             judged.setdefault(judge(difference, floor).partition(',')[0], []).append((difference, row.title))
     lines, total = [], sum(map(len, judged.values()))
-    for word, said in (('lower', lower), ('higher', higher), ('undecided', 'undecided'), ('no difference', 'the same')):
+    calls = {'lower': lower, 'higher': higher, 'undecided': 'undecided', 'no difference': 'the same'}
+    for word, said in calls.items():
         if word in judged:
             furthest, title = max(judged[word], key=lambda pair: abs(pair[0].mean))
             end = '' if word == 'no difference' else f', furthest in {title}: {format(furthest, digits)}'
@@ -385,11 +384,16 @@ def stability(rows):
     skipped = {row: sum(run.skipped for run in row.runs.values()) for row in rows}
     lines = [f'loss spikes ({SPIKE}): ' + in_runs(spiked),
              'steps without a finite gradient, which updated nothing: ' + in_runs(skipped)]
-    norms = [(max(run_norms), row) for row in rows for run in row.runs.values() if (run_norms := run.grad_norms)]
+    norms = {row: highest_norm(row) for row in rows if highest_norm(row) is not None}
     if norms:
-        norm, row = max(norms, key=lambda pair: pair[0])
-        lines.append(f'the highest gradient norm logged after warmup is {norm:.2f}, in {row.title}')
+        row = max(norms, key=norms.get)
+        lines.append(f'the highest gradient norm logged after warmup is {norms[row]:.2f}, in {row.title}')
     return lines
+
+
+def highest_norm(row):
+    """The highest gradient norm after warmup, None where none was logged."""
+    return max((norm for run in row.runs.values() for norm in run.grad_norms), default=None)
 
 
 def in_runs(counts):
@@ -431,8 +435,8 @@ def drifting(rows):
         return [f'{UNANSWERED}: no run logged any drift; --log_drift=True has it logged at evaluations']
     lines = []
     for curve in curves(list(sizes)):
-        lines.append(f'{curve_name(curve[0])}: largest ||d_r|| / ||c|| at the last evaluation, by communications: '
-                     + ', '.join(f'{row.communications}: {sizes[row]:.2f}' for row in curve))
+        found = ', '.join(f'{row.communications}: {sizes[row]:.2f}' for row in curve)
+        lines.append(f'{curve_name(curve[0])}, largest ||d_r|| / ||c|| by communications: {found}')
     return lines + ['that it goes along with a difference in loss does not make it the cause']
 
 
@@ -469,7 +473,7 @@ class Trend:
 
     @property
     def line(self):
-        """slope, mean log2(width), mean difference, standard deviation about the line, sum of squares of log2(width)"""
+        """slope, mean log2(width), mean difference, deviation about the line, squares of log2(width)"""
         n = len(self.points)
         x, y = [math.log2(width) for width, _ in self.points], [difference for _, difference in self.points]
         centre, mean = sum(x) / n, sum(y) / n
@@ -480,13 +484,12 @@ class Trend:
 
 
 def width_trends(rows):
-    """The Trends of the configs that were run at two widths or more, all else equal, with three points at least."""
+    """The Trends of the configs that were run at several widths, all else equal, of three points at least."""
     alike = {}
     for row in rows:
         if to_dense(row):
-            rest = {key: value for key, value in settings(row.first).items() if key != 'n_embd'}
-            key = tuple(row.block_types), row.tp_size, tuple(sorted((key, str(value)) for key, value in rest.items()))
-            alike.setdefault(key, []).append(row)
+            rest = settings(row.first) | dict(n_embd=None, blocks=row.block_types, tp_size=row.tp_size)
+            alike.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
     trends = []
     for same in alike.values():
         same.sort(key=lambda row: row.first.config['n_embd'])
@@ -503,24 +506,22 @@ def width(rows):
     """Which way the difference goes with the width of the model, as lines."""
     trends = width_trends(rows)
     if not trends:
-        return [f'{UNANSWERED}: it takes runs of one config and its dense control at two widths, given with --mix']
+        return [f'{UNANSWERED}: it takes one config and its dense control at two widths, given with --mix']
     lines = []
     for trend in trends:
         slope = trend.slope
-        way = 'undecided' if not slope.clear else f'the difference {"rises" if slope.mean > 0 else "falls"} with width'
-        there = trend.at(FULL_WIDTH)
-        lines.append(f'{trend.words} at widths {", ".join(map(str, trend.widths))}: {slope.mean:+.4f} '
-                     f'[{slope.mean - slope.half:+.4f}, {slope.mean + slope.half:+.4f}] nats per doubling '
-                     f'(n={slope.n} pairs), {way}; the line at {FULL_WIDTH}: {there.mean:+.4f} '
-                     f'[{there.mean - there.half:+.4f}, {there.mean + there.half:+.4f}]')
-    widest = max(max(trend.widths) for trend in trends)
+        way = 'rises with width' if slope.mean > 0 else 'falls with width'
+        lines.append(f'{trend.words} at widths {", ".join(map(str, trend.widths))}: the difference '
+                     f'{way if slope.clear else "may rise or fall, undecided"}, {slope} nats per doubling; '
+                     f'the line is at {trend.at(FULL_WIDTH)} where n_embd is {FULL_WIDTH}')
+    widest, fewest = max(max(trend.widths) for trend in trends), min(len(trend.widths) for trend in trends)
     if widest < FULL_WIDTH:
+        straight = 'cannot be seen from two widths' if fewest == 2 else f'{fewest} widths can only suggest'
         lines.append(
-            f'{FULL_WIDTH} is {math.log2(FULL_WIDTH / widest):.1f} doublings beyond the widest of these runs, and its '
-            'intervals hold only if the trend stays straight in log2(width), which '
-            + ('two widths cannot show' if any(len(trend.widths) == 2 for trend in trends) else 'these runs only suggest')
-            + '. Depth, corpus and steps are these runs\' own. A paired difference at a larger width outside its '
-            'interval would refute the line.')
+            f'n is the number of pairs. {FULL_WIDTH} is {math.log2(FULL_WIDTH / widest):.1f} doublings '
+            'beyond the widest of these runs: the line and its interval hold there only if the trend stays '
+            f'straight in log2(width), which {straight}, and for the depth, corpus and steps of these runs. '
+            'A larger width whose paired difference lies outside the interval of the line would refute it.')
     return lines
 
 
@@ -529,7 +530,8 @@ def width(rows):
 
 def answers(rows, link=None):
     """
-    The guide's questions with their answers, as pairs of a line and a list of lines. link: what --link says, in words
+    The guide's questions with their answers, as pairs of a line and a list of lines. link: what --link says,
+    in words; None without it.
     """
     configs = [row for row in rows if not row.dense]
     floors = {curve_name(row): 'unknown: no all-tp run with its dense control' if row.floor is None

@@ -7,10 +7,10 @@ Compares runs: validation loss against communications, from the files that train
     python compare.py out/width64 out/width128 --mix        # runs of several widths, and the trend
     python compare.py --from-wandb=someone/owt --wandb      # runs read from W&B, the answer logged to it
 
-A run is paired with the dense control of the same seed, data and recipe; that difference is what counts. Runs that
-did not finish are named and are in no mean. It prints a table and answers to the guide's questions, and writes
-table.md, table.csv, table.json, report.html and the plots to --out. runs.py says what is read and how it is paired,
-answers.py how each question is answered, plots.py and report.py what is drawn and written.
+A run is paired with the dense control of the same seed, data and recipe; that difference is what counts. Runs
+that did not finish are named and are in no mean. It prints tables and answers to the guide's questions, and
+writes table.md, table.csv, table.json, report.html and the plots to --out. runs.py says what is read and how
+it is paired, answers.py how each question is answered, plots.py and report.py what is drawn and written.
 """
 
 import argparse
@@ -22,9 +22,7 @@ from pathlib import Path
 from answers import answers
 from configurator import fail
 from report import log_to_wandb, markdown, page, terminal_table, write_csv, write_json
-from runs import find_runs, group, read_info, read_run, read_wandb, recipe, refuse_mixed, subject
-
-__all__ = ['find_runs', 'read_info', 'recipe', 'main']
+from runs import find_runs, group, read_run, read_wandb, refuse_mixed, subject
 
 
 def missing_notes(rows, unfinished):
@@ -50,13 +48,38 @@ def from_wandb(project):
         fail(f'--from-wandb={project}: W&B does not give its runs, {type(error).__name__}: {error}')
 
 
+def predict_steps(rows, link):
+    """
+    Sets the predicted seconds a step of each row, sharded over nodes that a link joins. link: (Gbit/s, us)
+
+    There are as many nodes as let every tensor-parallel group have its ranks on different ones, and 8 GPUs at
+    least in all.
+    Returns (what that is, in words; a note for each row whose step cannot be predicted).
+    """
+    import variants  # noqa: F401       its blocks may be among the rows
+    from costmodel import Cluster, predicted_seconds
+    nodes = math.lcm(2, *(row.tp_size for row in rows))
+    cluster = Cluster(gbit=link[0], latency_us=link[1], nodes=nodes, gpus=nodes * math.ceil(8 / nodes))
+    notes = []
+    for row in rows:
+        vocab_size = 64 * math.ceil(row.first.info['corpus']['vocab_size'] / 64)
+        try:
+            row.seconds = predicted_seconds(row.first.config, cluster, vocab_size=vocab_size)
+        except ValueError as error:
+            notes.append(f'{row.name}: its step time is not predicted: {error}')
+    words = (f'{cluster.gpus} GPUs of {cluster.gpu_tflops:g} TFLOP/s on {nodes} nodes, {cluster.gbit:g} '
+             f'Gbit/s and {cluster.latency_us:g} us between nodes, tensor-parallel groups across them')
+    return words, notes
+
+
 def parse_link(text):
     """--link's 'Gbit/s,microseconds' as two floats."""
     try:
         gbit, latency = map(float, text.split(','))
-        assert 0 < gbit < math.inf and 0 <= latency < math.inf
-    except (ValueError, AssertionError):
-        raise argparse.ArgumentTypeError(f'it is {text}, it must be Gbit/s and microseconds, as in 25,30') from None
+    except ValueError:
+        gbit = latency = math.nan
+    if not (0 < gbit < math.inf and 0 < latency < math.inf):
+        raise argparse.ArgumentTypeError(f'it is {text}, it must be Gbit/s and microseconds, as in 25,30')
     return gbit, latency
 
 
@@ -66,10 +89,10 @@ def parse_args(argv):
     parser.add_argument('folders', nargs='*', type=Path, help='run folders, or what holds them; default: out')
     parser.add_argument('--out', type=Path, default=Path('out/compare'), help='default: %(default)s')
     parser.add_argument('--mix', action='store_true', help='corpora, recipes and lengths may differ')
-    parser.add_argument('--level', type=float, help='the loss that convergence is timed to; default: one all reach')
+    parser.add_argument('--level', type=float, help='the loss to time convergence to; default: one all reach')
     parser.add_argument('--link', type=parse_link, metavar='GBIT,US', help='predict step times for a link')
     parser.add_argument('--wandb', action='store_true', help='log the answer to W&B, too')
-    parser.add_argument('--from-wandb', metavar='ENTITY/PROJECT', help='read the training runs of a W&B project')
+    parser.add_argument('--from-wandb', metavar='ENTITY/PROJECT', help='read the runs of a W&B project')
     parser.error = lambda message: fail(f'{message}; see python compare.py --help')
     return parser.parse_args(argv)
 
@@ -88,7 +111,11 @@ def main(argv):
     if not rows:
         fail('; '.join(['no finished run to compare', *notes]))
 
-    link, said = None, answers(rows)
+    link = None
+    if args.link:
+        link, unpredicted = predict_steps(rows, args.link)
+        notes += unpredicted
+    said = answers(rows, link)
     command = shlex.join(['python', 'compare.py', *argv])
     print(subject([row.first for row in rows]), terminal_table(rows), *notes, sep='\n')
     for question, answer in said:

@@ -1,10 +1,10 @@
 """
-The plots of a comparison. Each function takes the rows of runs.py and gives a matplotlib figure, None where the
-rows have nothing to show in it.
+The plots of a comparison. Each plot_* function takes the rows of runs.py and gives a matplotlib figure, None
+where the rows have nothing to show in it.
 
-What is told apart is told apart by marker, line or panel, never by colour alone. Where there are many configs each
-gets a panel of its own, with the dense control in grey to read it against. Files come out the same, byte for byte,
-from the same runs.
+What is told apart is told apart by marker, line or panel, never by colour alone. Where there may be many
+configs each gets a panel of its own, with the dense control in grey to read it against. Files come out the
+same, byte for byte, from the same runs.
 """
 
 import math
@@ -15,17 +15,21 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
-from answers import (FULL_WIDTH, GOALS, TARGET, by_note, comparisons, curve_name, curves, drift_of, fastest_first, front,
-                     in_scope, loss_to_dense, width_trends)
-from runs import TOKENS, pattern, simulated, subject, to_dense
+from answers import (FULL_WIDTH, GOALS, TARGET, by_note, comparisons, curve_name, curves, drift_of,
+                     fastest_first, front, in_scope, width_trends)
+from configurator import pattern
+from runs import TOKENS, simulated, subject, to_dense
 
 MARKERS, LINES = 'osD^vP*X<>', ('-', '--', '-.', ':')
 POINTS = 100                    # of a line, at most: enough for a panel, and a file that is not large
-STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 10, 'svg.hashsalt': 'compare', 'svg.fonttype': 'none',
-         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': 0.3,
-         'grid.linewidth': 0.5, 'axes.axisbelow': True, 'figure.constrained_layout.use': True, 'figure.dpi': 150}
+STYLE = {
+    'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 10, 'figure.dpi': 150,
+    'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False,
+    'axes.grid': True, 'grid.alpha': 0.3, 'grid.linewidth': 0.5, 'axes.axisbelow': True,
+    # without it ids are drawn at random; text as text, in whatever font the reader has, keeps files small
+    'svg.hashsalt': 'compare', 'svg.fonttype': 'none'}
 NO_DATE = dict.fromkeys(('Date', 'Creator'))
 
 # what every figure has
@@ -38,15 +42,15 @@ def figure(rows, title, panels=1, columns=1, size=(8, 4.6), **shared):
     grid = fig.subplots(lines, columns, squeeze=False, **shared)
     for unused in grid.flat[panels:]:
         unused.remove()
-    seeds = [len(row.runs) for row in rows]
-    n = f'{min(seeds)} to {max(seeds)} seeds' if min(seeds) < max(seeds) else f'{seeds[0]} seed{"s" * (seeds[0] > 1)}'
-    corpus = '\n'.join(textwrap.wrap(f'{subject([row.first for row in rows])}, {n}', 110))
+    few, many = min(len(row.runs) for row in rows), max(len(row.runs) for row in rows)
+    seeds = f'{few} to {many} seeds' if few < many else f'{many} seed{"s" * (many > 1)}'
+    corpus = '\n'.join(textwrap.wrap(f'{subject([row.first for row in rows])}, {seeds}', 110))
     fig.suptitle(f'{title}\n{corpus}')
     return fig, list(grid.flat[:panels])
 
 
 def panels(rows, title, unit, below='step (updates made)'):
-    """A figure with a small panel for each row, four or five abreast, named after it, all with the same axes."""
+    """A figure with a small panel for each row, named after it, four or five abreast, all with one scale."""
     columns = min(4 if len(rows) <= 12 else 5, len(rows))
     size = max(5, 2.6 * columns), 1.1 + 1.9 * math.ceil(len(rows) / columns)
     fig, axes = figure(rows, title, len(rows), columns, size, sharex=True, sharey=True)
@@ -99,34 +103,43 @@ def plot_tradeoff(rows):
     return fig
 
 
+def looks(rows):
+    """A style for each curve: {its name: style}."""
+    names = [curve_name(curve[0]) for curve in curves(rows)]
+    return {name: dict(marker=MARKERS[i % len(MARKERS)], color=f'{0.65 * i / max(1, len(names) - 1):.2f}',
+                       markersize=5, label=name.removesuffix(rows[0].note)) for i, name in enumerate(names)}
+
+
 def draw_tradeoff(ax, rows):
     """One recipe's part of it: a line for each curve, open marks for other placements of the same count."""
-    lines = curves(rows)
+    lines, styles = curves(rows), looks(rows)
     on_curve = [row for curve in lines for row in curve]
     # a count cannot tell placements apart; what a pass really all-reduces can
     observed = any(row not in on_curve for row in rows if not row.dense)
     placed = {}                         # x of what is not on a curve -> how many are there already
     for i, curve in enumerate(lines):
         aside = 0.16 * (i - (len(lines) - 1) / 2)       # so that bars stand side by side
-        style = dict(marker=MARKERS[i % len(MARKERS)], color=f'{0.65 * i / max(1, len(lines) - 1):.2f}', markersize=5)
+        style = styles[curve_name(curve[0])]
         own = [row for row in rows if not row.dense and curve_name(row) == curve_name(curve[0])]
         x = {row: (row.all_reduces['forward'] if observed else row.communications) + aside for row in own}
-        ax.plot([x[row] for row in curve], [row.loss for row in curve], linestyle=LINES[i % len(LINES)], zorder=3,
-                label=curve_name(curve[0]).removesuffix(curve[0].note), **style)
+        ax.plot([x[row] for row in curve], [row.loss for row in curve], linestyle=LINES[i % len(LINES)],
+                zorder=3, **style)
         for row in own:
             if row not in curve:        # beside the others, numbered as in the key
                 placed[x[row]] = placed.get(x[row], 0) + 1
                 x[row] += 0.3 * placed[x[row]]
-                ax.plot(x[row], row.loss, linestyle='', markerfacecolor='white', zorder=3, **style)
+                ax.plot(x[row], row.loss, linestyle='', markerfacecolor='white', zorder=3,
+                        **style | {'label': None})
             difference = to_dense(row)
             if difference and difference.half is not None:
                 ax.errorbar(x[row], row.loss, difference.half, color=style['color'], capsize=2.5, linewidth=1)
     if observed:
         ax.plot([], [], 'o', color='black', markerfacecolor='white', label='the same blocks in another order')
-        names = {row.all_reduces['forward']: f'{row.all_reduces["forward"]}\n({row.communications})' for row in on_curve}
-        ax.set_xlabel("all-reduces observed in a forward pass\n(communications by the guide's count)")
+        names = {row.all_reduces['forward']: row.all_reduces['forward'] for row in on_curve}
+        ax.set_xlabel('all-reduces observed in a forward pass')
     else:
-        names = {row.communications: f'{row.communications}\n({row.all_reduces["forward"]})' for row in on_curve}
+        names = {row.communications: f'{row.communications}\n({row.all_reduces["forward"]})'
+                 for row in on_curve}
         ax.set_xlabel("communications by the guide's count\n(all-reduces observed in a forward pass)")
     ax.set_xticks(list(names), names.values())
     mark_references(ax, rows)
@@ -134,7 +147,7 @@ def draw_tradeoff(ax, rows):
 
 
 def mark_references(ax, rows):
-    """What a loss is read against: the dense control, its rounding floor, the guide's limits where they apply."""
+    """What a loss is read against: the dense control, its rounding floor, the guide's limits in scope."""
     for control in (row for row in rows if row.dense):
         ax.axhline(control.loss, color='black', linewidth=1, linestyle=(0, (6, 3)), label='dense control')
         floor = max((row.floor or 0 for row in rows if row.control is control), default=0)
@@ -144,8 +157,8 @@ def mark_references(ax, rows):
     if all(in_scope(row.first) for row in rows):
         for limit in sorted({TARGET, *(limit for *_, limit in GOALS)}):
             ax.axhline(limit, color='0.4', linewidth=0.7, linestyle=':')
-            ax.annotate(f"guide's {limit:.2f}", (1, limit), xycoords=('axes fraction', 'data'), fontsize=7,
-                        va='bottom', ha='right')
+            ax.text(1.01, limit, f"guide's\n{limit:.2f}", transform=ax.get_yaxis_transform(), fontsize=7,
+                    va='center')
 
 
 def plot_differences(rows):
@@ -156,7 +169,8 @@ def plot_differences(rows):
     fig, (ax,) = figure(shown, 'Validation loss minus the dense control of the same seed',
                         size=(8, 1.7 + 0.3 * len(shown)))
     for y, row in enumerate(shown):
-        seeds = [loss - row.control.losses[seed] for seed, loss in row.losses.items() if seed in row.control.losses]
+        seeds = [loss - row.control.losses[seed] for seed, loss in row.losses.items()
+                 if seed in row.control.losses]
         ax.plot(seeds, [y] * len(seeds), '|', color='0.45', markersize=8)
         bar(ax, to_dense(row), y)
     finish_forest(ax, [f'{short(row)}  (n={to_dense(row).n})' for row in shown], shown)
@@ -183,8 +197,8 @@ def plot_placement(rows):
     kinds = dict(placement='o', merge='s', sync='^')
     for y, one in enumerate(found):
         bar(ax, one.difference, y, marker=kinds[one.kind])
-    names = [f'{one.first.communications}: {pattern(one.first.block_types)}, tp_size {one.first.tp_size}{one.first.note}'
-             f'\nminus {pattern(one.second.block_types)}  (n={one.difference.n})' for one in found]
+    names = [f'{one.first.label}\nminus {pattern(one.second.block_types)}  (n={one.difference.n})'
+             for one in found]
     finish_forest(ax, names, [one.first for one in found])
     for kind, marker in kinds.items():
         if any(one.kind == kind for one in found):
@@ -198,23 +212,28 @@ def plot_placement(rows):
 
 def plot_pareto(rows):
     """Paired difference against predicted step time, the Pareto front joined."""
-    notes = {note: own for note, own in by_note([row for row in rows if not row.dense]).items() if fastest_first(own)}
+    notes = by_note(fastest_first(rows))
     if not notes:
         return None
-    fig, axes = figure(rows, 'Validation loss minus dense, against the predicted time of a step', len(notes), len(notes),
-                       (max(8, 4.5 * len(notes)), 4.8))
+    fig, axes = figure(rows, 'Validation loss minus dense, against the predicted time of a step', len(notes),
+                       len(notes), (max(8, 4.5 * len(notes)), 4.8))
     for ax, (note, own) in zip(axes, notes.items()):
-        best = front(own)
-        ax.plot([row.seconds * 1e3 for row in best], [loss_to_dense(row) for row in best], color='0.5', linewidth=1,
-                drawstyle='steps-post', label='Pareto front')
-        for row in fastest_first(own):
-            difference = to_dense(row)
-            ax.errorbar(row.seconds * 1e3, difference.mean, difference.half, color='black', capsize=2.5, linewidth=0.8,
-                        marker='o', markersize=5, markerfacecolor='black' if row in best else 'white')
-            ax.annotate(str(row.communications), (row.seconds * 1e3, difference.mean), xytext=(5, 4), fontsize=7,
-                        textcoords='offset points')
-        ax.plot([], [], 'o', color='black', label='on the front')
-        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='beaten in both')
+        best, styles, named = front(own), looks(own), {row for curve in curves(own) for row in curve}
+        ax.plot([row.seconds * 1e3 for row in best], [to_dense(row).mean for row in best], color='0.5',
+                linewidth=1, drawstyle='steps-post', label='Pareto front')
+        for row in own:
+            style, difference, x = styles[curve_name(row)], to_dense(row), row.seconds * 1e3
+            ax.errorbar(x, difference.mean, difference.half, capsize=2.5, linewidth=0.8,
+                        markerfacecolor=style['color'] if row in best else 'white', **style | {'label': None})
+            if row in best or row in named and not row.variant:
+                ax.annotate(str(row.communications), (x, difference.mean), xytext=(5, 4), fontsize=7,
+                            textcoords='offset points')
+        for style in styles.values():
+            ax.plot([], [], linestyle='', **style)
+        control = own[0].control
+        if control and control.seconds is not None:
+            ax.plot(control.seconds * 1e3, 0, 'x', color='black', label='dense control, data-parallel alone')
+        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='open: beaten in both')
         ax.axhline(0, color='black', linewidth=0.8)
         ax.set_title(note.removeprefix(', '))
         ax.set_xlabel('predicted milliseconds a step; numbers: communications')
@@ -230,22 +249,23 @@ def plot_width(rows):
         return None
     columns = min(4, len(trends))
     shown = [row for trend in trends for row in trend.rows]
-    fig, axes = figure(shown, 'Validation loss minus dense, against the width of the model', len(trends), columns,
-                       (max(6, 2.8 * columns), 1.4 + 2.2 * math.ceil(len(trends) / columns)), sharey=True, sharex=True)
+    size = max(6, 2.8 * columns), 1.4 + 2.2 * math.ceil(len(trends) / columns)
+    fig, axes = figure(shown, 'Validation loss minus dense, against the width of the model', len(trends),
+                       columns, size, sharey=True, sharex=True)
     for ax, trend in zip(axes, trends):
-        draw(ax, [(width * 1.07, difference) for width, difference in trend.points], '_', color='0.45', markersize=6)
+        draw(ax, [(width * 1.07, difference) for width, difference in trend.points], '_', color='0.45',
+             markersize=6)
         for row in trend.rows:
             difference = to_dense(row)
-            ax.errorbar(row.first.config['n_embd'], difference.mean, difference.half, color='black', marker='o',
-                        markersize=4.5, capsize=2.5, linewidth=1)
-        first, last = trend.widths[0], max(trend.widths[-1], FULL_WIDTH)
-        grid = [first * (last / first) ** (i / 40) for i in range(41)]
-        line = [trend.at(width) for width in grid]
-        ax.fill_between(grid, [there.mean - there.half for there in line], [there.mean + there.half for there in line],
-                        color='0.9', zorder=0)
-        inside = [i for i, width in enumerate(grid) if width <= trend.widths[-1] * 1.001]
-        ax.plot([grid[i] for i in inside], [line[i].mean for i in inside], '-', color='black', linewidth=0.8)
-        ax.plot(grid[inside[-1]:], [there.mean for there in line[inside[-1]:]], '--', color='black', linewidth=0.8)
+            ax.errorbar(row.first.config['n_embd'], difference.mean, difference.half, color='black',
+                        marker='o', markersize=4.5, capsize=2.5, linewidth=1)
+        first, last = trend.widths[0], trend.widths[-1]
+        for start, end, line in ((first, last, '-'), (last, max(last, FULL_WIDTH), '--')):
+            grid = [start * (end / start) ** (i / 20) for i in range(21)]
+            there = [trend.at(width) for width in grid]
+            ax.plot(grid, [one.mean for one in there], line, color='black', linewidth=0.8)
+            ax.fill_between(grid, [one.low for one in there], [one.high for one in there], color='0.9',
+                            zorder=0)
         ax.axhline(0, color='black', linewidth=0.5)
         ax.set_xscale('log', base=2)
         ax.set_xticks([*trend.widths, FULL_WIDTH], [*map(str, trend.widths), str(FULL_WIDTH)])
@@ -300,12 +320,13 @@ def draw(ax, curve, *line, **style):
 
 def plot_curves(rows):
     """Every run's training loss, smoothed, and the mean validation loss; the dense control's is grey."""
-    fig, axes = panels(rows, 'Training curves: lines are train loss of each run, smoothed; dots are mean validation loss; '
-                       'grey is dense', f'loss ({loss_unit(rows)})')
+    fig, axes = panels(rows, 'Training curves: lines are train loss of each run, smoothed; dots are mean '
+                       'validation loss; grey is dense', f'loss ({loss_unit(rows)})')
     settled = []                        # what the panels show; the first descent would flatten it
     for ax, row in zip(axes, rows):
         if row.control:
-            draw(ax, mean_curve([train_curve(run) for run in row.control.runs.values()]), color='0.7', linewidth=2.5)
+            dense = [train_curve(run) for run in row.control.runs.values()]
+            draw(ax, mean_curve(dense), color='0.7', linewidth=2.5)
         for run in row.runs.values():
             curve = train_curve(run)
             draw(ax, curve, color='black', linewidth=0.5, alpha=0.7)
@@ -322,8 +343,8 @@ def plot_difference_curves(rows):
     shown = [row for row in rows if to_dense(row)]
     if not shown:
         return None
-    fig, axes = panels(shown, 'Validation loss minus the dense control of the same seed: thin lines are seeds, dots '
-                       'their mean', f'difference ({loss_unit(rows)})')
+    fig, axes = panels(shown, 'Validation loss minus the dense control of the same seed: thin lines are '
+                       'seeds, dots their mean', f'difference ({loss_unit(rows)})')
     for ax, row in zip(axes, shown):
         seeds = []
         for seed, run in row.runs.items():
@@ -341,9 +362,10 @@ def plot_stability(rows):
     shown = [row for row in rows if any(run.series('grad_norm') for run in row.runs.values())]
     if not shown:
         return None
-    fig, axes = panels(shown, 'Stability: gradient norm of each run before clipping; a triangle is a loss spike; grey is '
-                       'dense', 'gradient norm')
+    fig, axes = panels(shown, 'Stability: gradient norm of each run before clipping; a triangle is a loss '
+                       'spike; grey is dense', 'gradient norm')
     axes[0].set_yscale('log')
+    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
     axes[0].minorticks_off()
     for ax, row in zip(axes, shown):
         if row.control:
@@ -352,7 +374,8 @@ def plot_stability(rows):
         for run in row.runs.values():
             norms = run.series('grad_norm')
             draw(ax, highest(list(norms.items())), color='black', linewidth=0.5, alpha=0.7)
-            draw(ax, [(step, norms[step]) for step in run.spikes if step in norms], 'v', color='black', markersize=5)
+            draw(ax, [(step, norms[step]) for step in run.spikes if step in norms], 'v', color='black',
+                 markersize=5)
     return fig
 
 
@@ -367,7 +390,8 @@ def plot_speed(rows):
     for y, (row, speed) in enumerate(zip(shown, speeds)):
         own = list(row.values(lambda run: run.tokens_per_sec).values())
         ax.plot(own, [y] * len(own), '|', color='black', markersize=7)
-        ax.annotate(f'{speed:,.0f}', (max(own), y), xytext=(6, 0), textcoords='offset points', va='center', fontsize=7)
+        ax.annotate(f'{speed:,.0f}', (max(own), y), xytext=(6, 0), textcoords='offset points', va='center',
+                    fontsize=7)
     ax.set_yticks(range(len(shown)), [short(row) for row in shown], fontsize=7)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.margins(x=0.12)
@@ -386,11 +410,12 @@ def plot_drift(rows):
             found[row] = measured
     if not found:
         return None
-    fig, axes = panels(list(found), "Drift at the last evaluation: line, ||d_r|| / ||c||; dots, cosine of two ranks' drifts",
-                       '', 'depth in layers: what attention reads at whole numbers, what the MLP reads at halves')
+    fig, axes = panels(
+        list(found), "Drift at the last evaluation: line, ||d_r|| / ||c||; dots, cosine of two ranks' drifts",
+        '', 'depth in layers: what attention reads at whole numbers, what the MLP reads at halves')
     for ax, measured in zip(axes, found.values()):
         sizes, cosines = (list(zip(*lists)) for lists in zip(*measured))        # by depth, then by run
-        ax.plot([i / 2 for i in range(len(sizes))], list(map(statistics.mean, sizes)), color='black', linewidth=1)
+        draw(ax, [(i / 2, statistics.mean(size)) for i, size in enumerate(sizes)], color='black', linewidth=1)
         draw(ax, [(i / 2, statistics.mean(cosine)) for i, cosine in enumerate(cosines) if None not in cosine],
              'o', color='0.4', markersize=2.5)
         ax.axhline(0, color='black', linewidth=0.5)
@@ -405,7 +430,7 @@ PLOTS = dict(
 
 def draw_all(rows, folder):
     """
-    Writes each plot that the rows have as PNG and SVG, and removes those of an earlier comparison that they have not.
+    Writes each plot that the rows have as PNG and SVG, and removes what an earlier comparison left of others.
 
     Returns {name: what it shows}.
     """

@@ -1,8 +1,8 @@
 """
-What a comparison is written as: a table for the terminal, table.md, table.csv, table.json, report.html, a W&B run.
+What a comparison is written as: tables for the terminal, table.md, table.csv, table.json, report.html, W&B.
 
-All of them hold the same numbers. report.html is one file with its plots inside, without scripts, made to be read and
-printed anywhere.
+All of them hold the same numbers. report.html is one file with its plots inside and without scripts, to be
+read and printed anywhere.
 """
 
 import base64
@@ -11,25 +11,14 @@ import html
 import json
 import os
 from dataclasses import asdict
+from itertools import starmap
 
-from answers import comparisons, curve_name, curves, fit_bend, front, largest_drift, width_trends
+from answers import (comparisons, curve_name, curves, fit_bend, front, highest_norm, largest_drift,
+                     width_trends)
 from configurator import pattern
 from runs import SPIKE, judge, subject, to_dense
 
 # the numbers of a row
-
-
-def row_spikes(row):
-    return sum(len(run.spikes) for run in row.runs.values())
-
-
-def row_skipped(row):
-    return sum(run.skipped for run in row.runs.values())
-
-
-def highest_norm(row):
-    """The highest gradient norm after warmup, None where none was logged."""
-    return max((norm for run in row.runs.values() for norm in run.grad_norms), default=None)
 
 
 def steps_to_level(row):
@@ -46,23 +35,25 @@ def record(row):
         run=row.name, state='finished', communications=row.communications,
         all_reduces_forward=row.all_reduces['forward'], all_reduces_backward=row.all_reduces['backward'],
         block_types=' '.join(row.block_types), tp_size=row.tp_size, seeds=' '.join(map(str, row.runs)),
-        val_loss=row.loss, difference=difference and difference.mean, half_interval=difference and difference.half,
-        pairs=difference and difference.n, rounding_floor=row.floor,
-        verdict=judge(difference, row.floor) if difference else None, level=row.level, steps_to_level=steps_to_level(row),
-        generalisation_gap=row.mean(lambda run: run.gap), gap_difference=gap_difference and gap_difference.mean,
+        val_loss=row.loss, difference=difference and difference.mean,
+        half_interval=difference and difference.half, pairs=difference and difference.n,
+        rounding_floor=row.floor, verdict=judge(difference, row.floor) if difference else None,
+        level=row.level, steps_to_level=steps_to_level(row),
+        generalisation_gap=row.mean(lambda run: run.gap),
+        gap_difference=gap_difference and gap_difference.mean,
         gap_half_interval=gap_difference and gap_difference.half, highest_grad_norm=highest_norm(row),
-        loss_spikes=row_spikes(row), skipped_steps=row_skipped(row),
-        largest_drift=row.mean(largest_drift),
+        loss_spikes=sum(len(run.spikes) for run in row.runs.values()),
+        skipped_steps=sum(run.skipped for run in row.runs.values()), largest_drift=row.mean(largest_drift),
         predicted_seconds=row.seconds, tokens_per_sec=row.mean(lambda run: run.tokens_per_sec),
-        n_embd=row.first.config.get('n_embd'), parameters=row.first.info['parameters'], corpus=corpus['corpus'],
+        n_embd=row.first.config['n_embd'], parameters=row.first.info['parameters'], corpus=corpus['corpus'],
         tokenizer=corpus['tokenizer'], max_iters=row.first.config['max_iters'])
 
 
 def run_record(seed, run):
     """One run of a row, for table.json."""
     return dict(seed=seed, folder=str(run.folder), git_commit=run.info.get('git_commit'), val_loss=run.loss,
-                fixed_train_loss=None if run.gap is None else run.loss - run.gap, tokens_per_sec=run.tokens_per_sec,
-                spikes=run.spikes, skipped=run.skipped)
+                fixed_train_loss=None if run.gap is None else run.loss - run.gap,
+                tokens_per_sec=run.tokens_per_sec, spikes=run.spikes, skipped=run.skipped)
 
 
 def named(run):
@@ -84,13 +75,13 @@ def write_json(path, rows, unfinished, notes, said, link, command):
     found = dict(
         command=command, subject=subject([row.first for row in rows]), link=link,
         rows=[record(row) | dict(block_types=row.block_types,
-                                 runs=[run_record(seed, run) for seed, run in row.runs.items()]) for row in rows],
+                                 runs=list(starmap(run_record, row.runs.items()))) for row in rows],
         unfinished=[dict(run=named(run), folder=str(run.folder), state=run.trouble) for run in unfinished],
         notes=notes, answers=[dict(question=question, answer=answer) for question, answer in said],
         comparisons=[dict(kind=one.kind, first=one.first.name, second=one.second.name, verdict=one.verdict,
                           difference=one.difference and asdict(one.difference)) for one in comparisons(rows)],
-        bends=[dict(curve=name, at=bend.at, seeds=bend.seeds, bend=asdict(bend.bend), p=bend.p, squares_left=bend.left)
-               for name, bend in bends if bend],
+        bends=[dict(curve=name, at=bend.at, seeds=bend.seeds, bend=asdict(bend.bend), p=bend.p,
+                    squares_left=bend.left) for name, bend in bends if bend],
         pareto_front=[row.name for row in front([row for row in rows if not row.dense])],
         width_trends=[dict(config=trend.words, points=trend.points, slope=asdict(trend.slope))
                       for trend in width_trends(rows)])
@@ -123,10 +114,10 @@ def more_cells(row):
         return '' if own[key] is None else format(times * own[key], form)
 
     steps, gap = to_dense(row, lambda run: run.steps_to(row.level)), to_dense(row, lambda run: run.gap)
-    return [row.name, told('steps_to_level', '.1f'), format(steps, '1') if steps else '', told('level', '.4f'),
-            told('generalisation_gap', '+.4f'), str(gap or ''), told('highest_grad_norm', '.2f'),
-            told('loss_spikes', 'd'), told('skipped_steps', 'd'), told('largest_drift', '.2f'),
-            told('predicted_seconds', '.4g', 1e3)]
+    return [row.name, told('steps_to_level', '.1f'), format(steps, '1') if steps else '',
+            told('level', '.4f'), told('generalisation_gap', '+.4f'), str(gap or ''),
+            told('highest_grad_norm', '.2f'), told('loss_spikes', 'd'), told('skipped_steps', 'd'),
+            told('largest_drift', '.2f'), told('predicted_seconds', '.4g', 1e3)]
 
 
 def tables(rows):
@@ -146,28 +137,23 @@ def terminal_table(rows):
 # for people
 
 
-def methods(rows):
+def methods():
     """How to read the numbers, as sentences."""
-    told = ['Loss in nats per token after the last step, mean over seeds. Differences are paired by seed, with 95% '
-            'Student-t intervals. One is only called higher or lower above the rounding floor, and when its interval '
-            'excludes 0.',
-            'The level of the second table is '
-            + ('a loss that all runs of the recipe reach: their highest final one' if all_reach(rows) else 'as given')
-            + '; steps are on straight lines between evaluations. Gradient norms are those after warmup. A loss spike is '
-            + SPIKE + '. Drift is ||d_r|| / ||c|| at the last evaluation.']
-    return told
-
-
-def all_reach(rows):
-    return all(steps_to_level(row) is not None for row in rows)
+    return ['Loss in nats per token after the last step, mean over seeds. Differences are paired by seed, '
+            'with 95% Student-t intervals. One is only called higher or lower above the rounding floor, and '
+            'when its interval excludes 0.',
+            'Steps to the level, a validation loss, are on straight lines between evaluations; the level is '
+            'the highest final loss of the runs of a recipe, which all of them reach, unless --level gave '
+            f'it. Gradient norms are those after warmup, before clipping. A loss spike is {SPIKE}. Drift is '
+            '||d_r|| / ||c|| at the last evaluation, the largest of all sublayers, mean over seeds.']
 
 
 def markdown(rows, notes, said, plots, command):
     """table.md: the tables, what is missing from them, the answers and the plots."""
-    lines = ['# Validation loss against communications', '', f'Corpus: {subject([row.first for row in rows])}.', '']
+    lines = ['# Validation loss against communications', '', f'{subject([row.first for row in rows])}.', '']
     for header, *table in tables(rows):
         lines += [f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *table]] + ['']
-    lines += [line for told in methods(rows) for line in (told, '')]
+    lines += [line for told in methods() for line in (told, '')]
     lines += [f'- {note}' for note in notes] + [''] * bool(notes)
     lines += ["## The guide's questions", '']
     for question, answer in said:
@@ -177,9 +163,11 @@ def markdown(rows, notes, said, plots, command):
 
 
 CSS = '''
-body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; max-width: 68rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.15rem; margin-top: 2rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .74rem; margin: 1rem 0; }
 th, td { border-bottom: 1px solid #bbb; padding: .2rem .45rem; text-align: left; vertical-align: top; }
@@ -189,14 +177,17 @@ ul { margin: .2rem 0; padding-left: 1.2rem; }
 figure { margin: 1.5rem 0; } figure img { width: 100%; height: auto; } figcaption { font-size: .85rem; }
 code { font-size: .85rem; overflow-wrap: anywhere; }
 @media print { body { max-width: none; margin: 0; font-size: 10pt; } .wide { overflow: visible; }
-               table { font-size: 6pt; } tr, figure, li { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+               table { font-size: 6pt; } figure img { width: auto; max-width: 100%; max-height: 9in; }
+               tr, figure, li { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 '''
 
 
 def html_table(lines):
     def line(cells, tag):
         first = 'th scope="row"' if tag == 'td' else 'th'
-        rest = ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells[1:])
+        # an interval stays on one line: its blanks, and no others, do not break
+        rest = [cell.replace(' ', '\xa0') if cell[:1] in ('+', '-') else cell for cell in cells[1:]]
+        rest = ''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in rest)
         return f'<tr><{first}>{html.escape(cells[0])}</th>{rest}</tr>'
 
     header, *body = lines
@@ -223,13 +214,15 @@ def page(rows, notes, said, plots, command, folder):
         '<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<title>Validation loss against communications</title><style>{CSS}</style></head><body>',
-        '<h1>Validation loss against communications</h1>', f'<p>{html.escape(subject([row.first for row in rows]))}</p>',
-        *figures[:1], told, *(f'<p>{html.escape(line)}</p>' for line in methods(rows)[:1]),
+        '<h1>Validation loss against communications</h1>',
+        f'<p>{html.escape(subject([row.first for row in rows]))}</p>',
+        *figures[:1], told, f'<p>{html.escape(methods()[0])}</p>',
         '<h2>Not in the table</h2>' + html_list(notes) if notes else '',
         "<h2>The guide's questions</h2>",
         *(f'<h3>{html.escape(question)}</h3>{html_list(answer)}' for question, answer in said),
-        '<h2>How training went</h2>', more, *(f'<p>{html.escape(line)}</p>' for line in methods(rows)[1:]),
-        '<h2>Plots</h2>', *figures[1:], f'<h2>Made by</h2><p><code>{html.escape(command)}</code></p>', '</body></html>']
+        '<h2>How training went</h2>', more, f'<p>{html.escape(methods()[1])}</p>',
+        '<h2>Plots</h2>', *figures[1:],
+        f'<h2>Made by</h2><p><code>{html.escape(command)}</code></p></body></html>']
     return '\n'.join(part for part in parts if part) + '\n'
 
 
@@ -238,7 +231,7 @@ def page(rows, notes, said, plots, command, folder):
 
 def log_to_wandb(rows, said, plots, folder, command):
     """
-    The table, the answers, the plots and the report as one run of job_type compare, in the project of the first run.
+    The table, answers, plots and report as one run of job_type compare, in the project of the first run.
 
     Runs offline where there is no key, and says so; never asks for one.
     """
@@ -250,8 +243,9 @@ def log_to_wandb(rows, said, plots, folder, command):
         print(f'W&B has no key here and runs offline; `wandb sync {folder}/wandb/offline-run-*` uploads this')
     records = [record(row) for row in rows]
     first = rows[0].first
-    run = wandb.init(project=first.config['wandb_project'], name=folder.name, group=first.info['corpus']['name'],
-                     job_type='compare', dir=folder, mode=mode, config=dict(command=command, folder=str(folder)))
+    run = wandb.init(
+        project=first.config['wandb_project'], name=folder.name, group=first.info['corpus']['name'],
+        job_type='compare', dir=folder, mode=mode, config=dict(command=command, folder=str(folder)))
     answers = [[question, line] for question, lines in said for line in lines]
     run.log(dict(table=wandb.Table(list(records[0]), [list(line.values()) for line in records]),
                  answers=wandb.Table(['question', 'answer'], answers),

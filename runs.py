@@ -1,9 +1,9 @@
 """
 The runs that train.py left, read from their folders or from W&B, and paired with their dense controls.
 
-A Run is one folder. A Row is the runs that differ in nothing but their seed; it knows the dense control of the
-same data and recipe. Differences are taken seed by seed and then averaged: seeds share their initial weights and
-batches with the control, so most of what a seed does to a loss cancels.
+A Run is one folder. A Row is the runs that differ in nothing but their seed; it knows the dense control of
+the same data and recipe. Differences are taken seed by seed and then averaged: a run shares its initial
+weights and batches with the control of its seed, so most of what a seed does to a loss cancels.
 
 References  Student's t interval of paired differences: Student (1908), Biometrika 6(1)
 """
@@ -23,8 +23,8 @@ NEEDED = {'name', 'state', 'config', 'corpus', 'communications', 'all_reduces', 
 TOKENS = {'byte': 'byte', 'char': 'character', 'gpt2': 'GPT-2'}
 
 SPIKE_LINES = 10
-SPIKE = (f'a logged training loss above the highest of the {SPIKE_LINES} logged before it by more than their spread, '
-         'the highest minus the lowest')
+SPIKE = (f'a logged training loss above the highest of the {SPIKE_LINES} logged before it by more than their '
+         'spread, the highest minus the lowest')
 
 # reading
 
@@ -88,14 +88,20 @@ class Run:
 
     @property
     def gap(self):
-        """Validation loss minus the loss on fixed windows of the training text; None where that was not read."""
+        """Validation loss minus the loss on fixed windows of train; None where those were not read."""
         train = self.evals[self.config['max_iters']].get('fixed_train_loss')
         return None if train is None else self.loss - train
 
     @property
     def risen(self):
         """How far the final validation loss lies above the lowest one: what overfitting would raise."""
-        return self.loss - min(line['val_loss'] for line in self.evals.values() if line['val_loss'] is not None)
+        return self.loss - min(loss for _, loss in self.val_losses)
+
+    @cached_property
+    def val_losses(self):
+        """The validation losses that are numbers: [(iter, loss)]."""
+        return [(step, line['val_loss']) for step, line in sorted(self.evals.items())
+                if line['val_loss'] is not None]
 
     def series(self, key):
         """A key of the log lines as {iter: value}, where it is a number."""
@@ -124,9 +130,11 @@ class Run:
                 if step > self.config.get('warmup_iters', 0)]
 
     def steps_to(self, level):
-        """The steps after which the validation loss first is at the level, on straight lines between evaluations."""
-        points = [(step, line['val_loss']) for step, line in sorted(self.evals.items())
-                  if line['val_loss'] is not None]
+        """
+        The steps after which the validation loss is first at the level, on straight lines between
+        evaluations; None where it never is.
+        """
+        points = self.val_losses
         for (step, loss), (next_step, next_loss) in zip([points[0], *points], points):
             if next_loss <= level:
                 part = (loss - level) / (loss - next_loss) if loss > next_loss else 0
@@ -173,7 +181,9 @@ def find_runs(paths):
 
 def read_wandb(project, api):
     """
-    The training runs of a W&B project, 'entity/project', with the losses that they logged there. api: a wandb.Api
+    The training runs of a W&B project, 'entity/project', with what they logged there. api: a wandb.Api
+
+    A run of another program is given as one with trouble. Raises what the api raises.
     """
     from logger import CHARTS, TRACKED
     ours, keys = {chart: key for key, chart in CHARTS.items()}, read_defaults().keys()
@@ -181,8 +191,9 @@ def read_wandb(project, api):
     for there in api.runs(project, filters={'jobType': 'train'}, lazy=False):
         logged = dict(there.config)
         run = Run(Path(*there.path), {key: logged[key] for key in TRACKED & logged.keys()}, {}, {})
-        run.info |= dict(name=there.name, state=there.state, config={key: logged[key] for key in keys & logged.keys()},
-                         all_reduces={way: logged.get(f'all_reduces_{way}') for way in ('forward', 'backward')})
+        run.info.update(
+            name=there.name, state=there.state, config={key: logged[key] for key in keys & logged.keys()},
+            all_reduces={way: logged.get(f'all_reduces_{way}') for way in ('forward', 'backward')})
         missing = (NEEDED - run.info.keys()) | ({'max_iters', *VARIED} - run.config.keys())
         if missing:
             run.info, run.trouble = {}, f'its config in W&B lacks {", ".join(sorted(missing))}'
@@ -270,7 +281,8 @@ class Row:
     @property
     def variant(self):
         """Which of variants.py's block types it has: mean, attn; '' for none, blocks of model.py alone."""
-        return next((kind for kind in ('mean', 'attn') for name in self.block_types if name.startswith(f'{kind}_')), '')
+        prefixes = {name.partition('_')[0] for name in self.block_types}
+        return next((kind for kind in ('mean', 'attn') if kind in prefixes), '')
 
     def values(self, measure):
         """What measure(run) gives, as {seed: value}, for the seeds for which it is not None."""
@@ -288,8 +300,8 @@ def group(runs, level=None):
     Finished runs as rows: each dense control, then its configs with most communications first.
 
     level: the loss that convergence is timed to; None for the highest final loss of the runs that share their
-    settings, which all of them reach. Ends the program where one was run twice: averaging would count it double,
-    choosing would be a guess.
+    settings, which all of them reach. Ends the program where one was run twice: averaging would count it
+    double, choosing would be a guess.
     """
     rows, mixed = {}, differing(runs)
     for run in sorted(runs, key=lambda run: run.config['seed']):
@@ -335,13 +347,21 @@ class Estimate:
 
     def __format__(self, digits):
         """digits: those after the point, '4' where nothing is given"""
-        mean, digits = self.mean, digits or '4'
+        form = f'+.{digits or 4}f'
         if self.half is None:
-            return f'{mean:+.{digits}f} (one seed, no interval)'
-        return f'{mean:+.{digits}f} [{mean - self.half:+.{digits}f}, {mean + self.half:+.{digits}f}] (n={self.n})'
+            return f'{self.mean:{form}} (one seed, no interval)'
+        return f'{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}] (n={self.n})'
 
     def __str__(self):
         return format(self)
+
+    @property
+    def low(self):
+        return self.mean - self.half
+
+    @property
+    def high(self):
+        return self.mean + self.half
 
     @property
     def clear(self):
