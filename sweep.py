@@ -265,6 +265,12 @@ def reason(path):
     return errors[-1].removeprefix('error: ') if errors else last_line(path)
 
 
+def saved_at(run):
+    """The time of the run's last checkpoint, 0 before there is one."""
+    path = run.out_dir / 'ckpt.pt'
+    return path.stat().st_mtime if path.exists() else 0
+
+
 def latest(run):
     """The last line of a run's metrics, {} before there is one."""
     return json.loads(last_line(run.out_dir / 'metrics.jsonl') or '{}')
@@ -393,12 +399,12 @@ def makespan(durations, jobs):
 
 @dataclass
 class Job:
-    """A run that is being trained, since when and from which step."""
+    """A run that is being trained, since when, and of when its checkpoint was then."""
     run: Run
     share: Share
     process: subprocess.Popen
     began: float
-    step: int
+    saved: float
 
 
 class Sweep:
@@ -455,8 +461,7 @@ class Sweep:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         with open(run.out_dir / 'log.txt', 'a') as log:
             process = launch(command(run, resume, self.shares[0], self.script), self.shares[0], log)
-        step = latest(run).get('iter', 0)
-        self.jobs.append(Job(run, self.shares.pop(0), process, time.monotonic(), step))
+        self.jobs.append(Job(run, self.shares.pop(0), process, time.monotonic(), saved_at(run)))
         self.say(f'{"continues" if resume else "starts"}: {run.name}')
 
     def book(self, run, how, *words):
@@ -480,10 +485,9 @@ class Sweep:
             self.book(run, 'done', duration(time.monotonic() - job.began))
         elif state == 'running':        # another process took the folder first
             self.waiting.append(run)
-        elif status and step > job.step and noted(run)['state'] == 'resumable':
-            self.waiting.append(run)
-            self.say(f'stopped by a signal that was not the sweep\'s: {run.name}, at step {step}; '
-                     'it goes on after the others')
+        elif noted(run).get('state') == 'resumable' and saved_at(run) > job.saved:
+            self.waiting.append(run)    # a signal that was not the sweep's
+            self.say(f'stopped from outside at step {step}, goes on after the others: {run.name}')
         else:
             how = f'exit status {status}' if status >= 0 else f'killed by {signal.Signals(-status).name}'
             self.fail(run, f'{how}, see {log}: {reason(log)}')
@@ -615,7 +619,8 @@ def main(argv):
         else:
             print('stopped before a run was started')
         sys.exit(130)
-    print('compare them:', compare_command(runs, args.out), sep='\n  ')
+    if sweep.finished:
+        print('compare them:', compare_command(runs, args.out), sep='\n  ')
     sys.exit(1 if sweep.failed else 0)
 
 

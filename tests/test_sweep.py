@@ -211,10 +211,11 @@ def test_a_run_that_a_signal_stopped_goes_on_after_the_others(tmp_path, monkeypa
                           '    note("resumable", iter=7)\n    sys.exit(75)\nnote("finished")')
     going = swept(planned(tmp_path, files=(TWELVE, EIGHT)))
     assert names(going.finished) == ['cpu', '8comm-cpu', '12comm-cpu'] and not going.failed
-    assert 'gpt2-124M-12comm-cpu, at step 7; it goes on after the others' in capsys.readouterr().out
+    assert 'stopped from outside at step 7, goes on after the others: gpt2-124M-12comm-cpu' \
+        in capsys.readouterr().out
 
-    # but not where it makes no step from one start to the next
-    stand_in(monkeypatch, 'note("resumable", iter=7 * (not resume))\nsys.exit(75)')
+    # but not where it could not save what it had done, as on a full disk
+    stand_in(monkeypatch, 'note("resumable", iter=7)\nsys.exit(75)')
     assert len(swept(planned(tmp_path / 'again')).failed) == 2
 
 
