@@ -10,27 +10,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 import train  # noqa: E402
 from configurator import ROOT, load  # noqa: E402
-from model import GPT, count_all_reduces, join_shards  # noqa: E402
+from costmodel import by_kind, design_messages, observe_step  # noqa: E402
+from model import GPT, join_shards  # noqa: E402
 
 B, T, C, V, STEPS = 2, 5, 16, 29, 20    # no tp_size divides V; so the vocabulary shards are uneven
-CONFIGS = ['_24comm', '_18comm', '_16comm', '_12comm', '_8comm', '_6comm', '_2comm']
-
-
-class Collectives(TorchDispatchMode):
-    """Every all-reduce that reaches torch.distributed: the shape and dtype of its message."""
-
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == 'c10d' and 'allreduce' in str(func):
-            self.messages.append((tuple(args[0][0].shape), args[0][0].dtype))
-        return func(*args, **(kwargs or {}))
 
 
 def network(config, ranks, ddp_group, place, dtype):
@@ -62,49 +49,55 @@ def gradients(net, place, config):
     return seen
 
 
-def check_config(name, bias, tp_size, place, ranks, ddp_group):
-    config = load([str(ROOT / f'config/train_gpt2{name}.py'), str(ROOT / 'config/cpu.py'), f'--tp_size={tp_size}',
-                   '--n_embd=16', '--n_head=4', f'--block_size={T}', f'--bias={bias}', '--grad_clip=0.1',
-                   '--dropout=0.1', '--shard=True'])
-    alone = train.Place(0, 1, [[0]], place.device)
-    two = (config, ranks, ddp_group, place), (config, None, None, alone)
-
-    # dropout draws by data-parallel process, so its masks agree with one process's where there is one
-    config.dropout = 0.1 if place.ddp_size == 1 else 0.0
-    ours, theirs = (gradients(network(*args, torch.float64), args[3], config) for args in two)
-    for key, simulated in theirs.items():
-        far = (ours[key] - simulated).abs().max() / simulated.abs().max().clamp(min=1e-12)
-        assert far < 1e-9 or (simulated.abs().max() < 1e-12), f'{name} bias {bias}: {key} is off by {far}'
-
+def compute(config, dropout, ranks, ddp_group, place):
+    """(gradients of step 1 in float64, losses and gradient norms of some steps in float32, who took them)"""
+    args = config, ranks, ddp_group, place
+    config.dropout = dropout
+    first = gradients(network(*args, torch.float64), place, config)
     config.dropout = 0.0
-    nets = [network(*args, torch.float32) for args in two]
-    for step in range(STEPS):
-        ours, theirs = (train.train_step(net, batches(step, args[3]), 1e-3, config, args[3])[:2]
-                        for net, args in zip(nets, two))
-        assert max(abs(a - b) for a, b in zip(ours, theirs)) < 1e-4, f'{name} step {step}: {ours}, {theirs}'
+    net = network(*args, torch.float32)
+    return first, [train.train_step(net, batches(step, place), 1e-3, config, place)[:2]
+                   for step in range(STEPS)], net
 
-    raw = network(config, ranks, None, place, torch.float32).raw
-    x, y = torch.zeros(2, B, T, dtype=torch.long)
-    for dtype in (torch.float32, torch.bfloat16):
-        with count_all_reduces() as observed, Collectives() as forward, torch.autocast(
-                'cpu', dtype, enabled=dtype != torch.float32):
-            loss = raw(x, y)[1]
-        with count_all_reduces() as backward, Collectives() as back:
-            loss.backward()
-        stream = (B, T, C), dtype
-        assert forward.messages.count(stream) == observed.forward, f'{name} forward {forward.messages}'
-        # the head's conjugate sends one more, (B*T, C)
-        assert back.messages.count(stream) == backward.backward == observed.forward, f'{name} {back.messages}'
-        assert {shape for shape, _ in back.messages} == {(B, T, C), (B * T, C)}
-        assert {shape for shape, _ in forward.messages} == {(B, T, C), (B * T,), (2, B * T)}
+
+def check_config(config, expected, dropout, *where):
+    """expected: what compute() gave for the simulated ranks; where: ranks, ddp_group, place"""
+    what, place = f'{config.wandb_run_name}, bias {config.bias}', where[-1]
+    ours, steps, net = compute(config, dropout, *where)
+    for key, simulated in expected[0].items():
+        far = (ours[key] - simulated).abs().max() / simulated.abs().max().clamp(min=1e-12)
+        assert far < 1e-9 or simulated.abs().max() < 1e-12, f'{what}: {key} is off by {far}'
+    assert len(steps) == len(expected[1]) == STEPS
+    for step, (mine, simulated) in enumerate(zip(steps, expected[1])):
+        far = max(abs(a - b) for a, b in zip(mine, simulated))
+        assert far < 1e-4, f'{what}, step {step}: {mine}, simulated {simulated}'
+
+    # what reached torch.distributed, by kind: as often and as large as the design has it
+    for config.dtype in ('float32', 'bfloat16'):
+        seen = by_kind(observe_step(
+            net.raw, lambda: train.train_step(net, batches(0, place, 4), 1e-3, config, place)))
+        design = by_kind(design_messages(config, place.ddp_size, V))
+        design['average'][0] = seen['average'][0]       # DDP's buckets
+        assert seen == design, f'{what}, {config.dtype}: {seen}, not {design}'
 
 
 def main(tp_size):
-    config = load([str(ROOT / 'config/cpu.py'), '--shard=True', '--n_head=4', f'--tp_size={tp_size}'])
-    place = train.find_place(config)
-    ranks, ddp_group = train.connect(config, place)
-    for i, name in enumerate(CONFIGS):
-        check_config(name, i % 2 == 0, tp_size, place, ranks, ddp_group)
+    shape = [f'--n_embd={C}', '--n_head=4', f'--block_size={T}', f'--batch_size={B}', f'--tp_size={tp_size}',
+             '--gradient_accumulation_steps=4', '--grad_clip=0.1', '--shard=True']
+    configs = [load([str(ROOT / f'config/train_gpt2_{n}comm.py'), str(ROOT / 'config/cpu.py'), *shape,
+                     f'--bias={bias}']) for n in (24, 18, 16, 12, 8, 6, 2) for bias in (False, True)]
+    place = train.find_place(configs[0])
+    ranks, ddp_group = train.connect(configs[0], place)
+    # dropout draws by data-parallel process, so its masks agree with one process's where there is one
+    dropout = 0.1 if place.ddp_size == 1 else 0.0
+    alone = train.Place(0, 1, [[0]], place.device)
+    expected = {i: compute(configs[i], dropout, None, None, alone)[:2]
+                for i in range(place.process, len(configs), place.processes)}
+    shared = [None] * place.processes
+    dist.all_gather_object(shared, expected)
+    expected = {i: results for part in shared for i, results in part.items()}
+    for i, config in enumerate(configs):
+        check_config(config, expected[i], dropout, ranks, ddp_group, place)
     train.disconnect(place)
     print('all checks passed')
 

@@ -6,8 +6,10 @@ Sharded runs: two and four processes, one rank each, against the simulated run.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from threading import Timer
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def launch(processes, script, *args):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *args]
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True,
-                          text=True, timeout=240)
+                          text=True, timeout=400)
 
 
 @pytest.mark.parametrize('processes, tp_size', [(2, 2), (4, 4), (4, 2)], ids=['tp 2', 'tp 4', '2 x tp 2'])
@@ -60,6 +62,33 @@ def test_a_checkpoint_goes_from_simulated_to_sharded_and_back(tmp_path):
     shapes = [{name: p.shape for name, p in torch.load(tmp_path / name / 'ckpt.pt')['model'].items()}
               for name in ('undisturbed', 'sharded')]
     assert shapes[0] == shapes[1]
+
+
+def process_of(torchrun, process):
+    """The pid of one of the processes that a torchrun has started."""
+    for pid in Path(f'/proc/{torchrun.pid}/task/{torchrun.pid}/children').read_text().split():
+        if f'RANK={process}'.encode() in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'):
+            return int(pid)
+    raise AssertionError(f'no process {process}')
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_dies_ends_all_with_one_line(victim, tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               'train.py', *SMALL, '--shard=True', '--max_iters=100000', f'--out_dir={tmp_path}']
+    torchrun = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'),
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watchdog = Timer(200, torchrun.kill)
+    watchdog.daemon = True
+    watchdog.start()
+    for line in torchrun.stdout:
+        if line.startswith('step 4:'):
+            break
+    os.kill(process_of(torchrun, victim), signal.SIGKILL)
+    said = torchrun.communicate(timeout=90)[0].splitlines()
+    ours = [line for line in said if line.startswith('error:')]
+    assert len(ours) == 1 and f'lost touch with process {victim} of 2' in ours[0], '\n'.join(said)
+    assert torchrun.returncode == 1
 
 
 @pytest.mark.parametrize('flags, words', [
