@@ -164,12 +164,14 @@ class ColumnParallel(nn.Linear):
         """
         if u.dim() == 3:
             return super().forward(u).chunk(self.parts, dim=-1)
-        weights = self.weight.view(self.parts, self.ranks.local, -1, self.in_features)  # (parts, L, D, C)
-        outs = [torch.einsum('lbtc,ldc->lbtd', u, weight) for weight in weights]
-        if self.bias is None:
-            return outs
-        biases = self.bias.view(self.parts, self.ranks.local, 1, 1, -1)                 # (parts, L, 1, 1, D)
-        return [out + bias for out, bias in zip(outs, biases)]
+        out = torch.einsum('lbtc,lfc->lbtf', u, self.by_rank(self.weight))              # (L, B, T, parts*D)
+        if self.bias is not None:
+            out = out + self.by_rank(self.bias)[:, None, None]
+        return out.chunk(self.parts, dim=-1)
+
+    def by_rank(self, p):
+        """The rows of each rank, of all parts: (parts*L*D, ...) -> (L, parts*D, ...)"""
+        return p.unflatten(0, (self.parts, self.ranks.local, -1)).transpose(0, 1).flatten(1, 2)
 
 
 class RowParallel(nn.Linear):
