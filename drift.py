@@ -8,6 +8,8 @@ How far apart the ranks' residual streams are, sublayer by sublayer: what a clif
 import torch
 import torch.nn.functional as F
 
+from model import plus
+
 
 @torch.no_grad()
 def measure_drift(model, idx):
@@ -17,25 +19,25 @@ def measure_drift(model, idx):
     Returns (drift, cosine), lists of 2 n_layer + 1 numbers: attention's and the MLP's of each layer in turn,
     then the end of the model's, before its sync.
 
-        drift   ||d_r|| / ||c||, Frobenius norms over all tokens, mean over ranks; 0 where nothing is apart
+        drift   ||d_r|| / ||c||, Frobenius norms over all tokens, mean over ranks; 0 where nothing is apart.
+                c is the common stream as read, with the biases that this stretch has added
         cosine  of d_r and d_s, mean over tokens and pairs of ranks; None where nothing is apart
     """
     seen = []                           # of each sublayer: (c, d), or (c, None)
 
-    def before_block(block, args):
-        seen.append(args[0][:3:2])
+    def see_stream(stream):
+        seen.append((stream.c, stream.d))
 
-    def before_mlp(block, u):
-        c, bias = seen[-1][0], block.attn.c_proj.bias       # in a TPBlock this c is old, and nobody reads it
-        c = c if bias is None else c + bias
+    def see_mlp_read(block, u):         # all that a hook sees there; where it is common, nothing is apart
+        c = plus(seen[-1][0], block.attn.c_proj.bias)
         seen.append((c, u - c if u.dim() == 4 else None))
 
     hooks = []
     for block in model.transformer.h:
-        hooks.append(block.register_forward_pre_hook(before_block))
+        hooks.append(block.register_forward_pre_hook(lambda _, args: see_stream(args[0])))
         hooks.append(block.ln_2.register_forward_pre_hook(
-            lambda _, args, block=block: before_mlp(block, args[0])))
-    hooks.append(block.register_forward_hook(lambda _, args, stream: seen.append(stream[:3:2])))
+            lambda _, args, block=block: see_mlp_read(block, args[0])))
+    hooks.append(model.transformer.h[-1].register_forward_hook(lambda *call: see_stream(call[-1])))
     training = model.training
     model.eval()
     try:
@@ -53,7 +55,7 @@ def size(c, d):
 
 
 def alignment(d):
-    """d drifted (R, B, T, C) -> the mean cosine of d_r and d_s over r != s and tokens. None without a pair."""
+    """d drifted (R, B, T, C) -> mean cosine of d_r and d_s over r != s and tokens. None without a pair."""
     if d is None or len(d) == 1:
         return None
     R, unit = len(d), F.normalize(d, dim=-1)

@@ -4,8 +4,8 @@ train.py with block types that the experiment asks about and the model does not 
     python variants.py config/variants/train_gpt2_12comm_mean.py config/cpu.py
     python sweep.py config/variants/*.py --script variants.py --with config/cpu.py --seed=1,2,3
 
-    mean_tp, mean_spd, mean_parallel    the merge is the mean, c <- c + (sum_r d_r) / R. The first of them in
-                                        a model changes the stream, and with it every sync after it
+    mean_tp, mean_spd, mean_parallel    the merge is the mean, c <- c + (sum_r d_r) / R. From the first of
+                                        them on, every sync is: those of plain blocks and the last one too
     attn_spd                            attention, sync, MLP: the MLP's sync is dropped, not attention's
 """
 
