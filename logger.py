@@ -44,9 +44,9 @@ class Log:
         """The file, cut to `kept` bytes: a run writes again what it wrote after its last checkpoint."""
         path.touch()
         found = path.read_bytes()[:kept]
-        if len(found) < kept:           # somebody cut it: what is left of it ends with a whole line
-            found = found[:found.rfind(b'\n') + 1]
-            self.say(f'warning: {path} is shorter than at the last checkpoint; some lines are lost')
+        found = found[:found.rfind(b'\n') + 1]
+        if len(found) < kept:           # somebody changed it: what is left of it ends with a whole line
+            self.say(f'warning: {path} is not as the last checkpoint left it; lines may be lost')
         metrics = open(path, 'r+b')
         metrics.truncate(len(found))
         metrics.seek(len(found))

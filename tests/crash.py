@@ -43,12 +43,12 @@ fork = multiprocessing.get_context('fork')      # imports are made once; a start
 
 
 def flags(out_dir, times):
-    return [*TINY, '--dropout=0.1', f'--max_iters={times * INTERVAL}', f'--eval_interval={2 * INTERVAL}',
+    return [*TINY, '--dropout=0.1', f'--max_iters={2 * times * INTERVAL}', f'--eval_interval={2 * INTERVAL}',
             f'--checkpoint_interval={INTERVAL}', '--keep_checkpoints=2', f'--out_dir={out_dir}']
 
 
 def start(out_dir, times, processes=1):
-    """The run, in a process of its own, from the latest checkpoint where there is one. Its output is in log.txt."""
+    """The run, in a process of its own, from the latest checkpoint where there is one; log.txt has its output."""
     resume = ['--init_from=resume'] * checkpoint.exists(out_dir)
     if processes > 1:
         command = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
@@ -143,7 +143,7 @@ def interrupt(kind, process, out_dir, before, rng):
         while alive(process) and last_step(out_dir) <= before:
             time.sleep(0.01)
         wait_for_moment(process, out_dir, before, rng)
-        with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):    # it has ended by itself
+        with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):    # where it has ended
             os.kill(int(rng.choice(children(process))), signal.SIGKILL)
         return ended(process)
     wait_for_moment(process, out_dir, before, rng)
@@ -155,7 +155,7 @@ def interrupt(kind, process, out_dir, before, rng):
 
 
 def torment(kind, out_dir, times, rng):
-    """Interrupts a run so many times, then lets it end. Returns (interruptions in a write, most steps lost)."""
+    """Interrupts a run so many times, then lets it end. Returns (interruptions in a write, steps lost at most)."""
     done = in_write = most = 0
     out_dir.mkdir()
     processes = 2 if kind == 'two' else 1
@@ -189,7 +189,8 @@ def small_disk(folder):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('kinds', nargs='*', help='kill, term, two, full; default: all')
     parser.add_argument('--times', type=int, default=50, help='interruptions of each kind; default: 50')
     parser.add_argument('--seed', type=int, default=1, help='of the moments')
@@ -200,8 +201,9 @@ def main(argv):
     if 'full' in kinds and os.geteuid():
         parser.error('full mounts a file system, which takes root')
     torch.set_num_threads(1)
-    print('| interruption | times | in a write | most steps lost | minutes |\n|---|---:|---:|---:|---:|', flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    print('| interruption | times | in a write | most steps lost | minutes |', '|---|---:|---:|---:|---:|',
+          sep='\n', flush=True)
+    with tempfile.TemporaryDirectory() as folder:       # TMPDIR says on which disk
         for kind in kinds:
             disk, began = Path(folder) / kind, time.monotonic()
             undisturbed = Path(folder) / f'undisturbed-{kind}'
@@ -211,10 +213,10 @@ def main(argv):
                 in_write, most = torment(kind, disk / 'run', args.times, random.Random(args.seed))
                 assert_same_run(disk / 'run', undisturbed)
                 assert not list((disk / 'run').glob('*.tmp'))
-            print(f'| {KINDS[kind]} | {args.times} | {in_write} | {most} | {(time.monotonic() - began) / 60:.1f} |',
-                  flush=True)
-    print(f'\nEvery checkpoint could be read after each of them; a checkpoint every {INTERVAL} steps; metrics, weights '
-          "and moments in the end are the undisturbed run's to the bit.")
+            minutes = (time.monotonic() - began) / 60
+            print(f'| {KINDS[kind]} | {args.times} | {in_write} | {most} | {minutes:.1f} |', flush=True)
+    print(f'\nA checkpoint every {INTERVAL} steps. After each interruption every checkpoint could be read; in the '
+          "end metrics, weights and moments were the undisturbed run's to the bit.")
 
 
 if __name__ == '__main__':
