@@ -535,7 +535,8 @@ def answers(rows, link=None):
     """
     configs = [row for row in rows if not row.dense]
     floors = {curve_name(row): 'unknown: no all-tp run with its dense control' if row.floor is None
-              else f'{row.floor:.1e}' for row in configs if not row.variant}
+              else f'{row.floor:.1e}' if row.floor else '0, they are equal to the last bit'
+              for row in configs if not row.variant}
     said = [('Rounding floor: the largest |all-tp minus dense| of any seed. Nothing smaller is a difference.',
              [f'{where}: {floor}' for where, floor in floors.items()]),
             (f'How close to {TARGET}?', closeness(rows))]

@@ -36,6 +36,8 @@ def missing_notes(rows, unfinished):
             notes.append(f'{row.name}: no dense control among these runs, so its difference is blank')
         elif alone:
             notes.append(f'{row.name}: no dense control of seed {", ".join(alone)}, not in its difference')
+    if any(row.control and row.runs.keys() != row.control.runs.keys() for row in rows):
+        notes.append('val losses are means over different seeds: compare the differences, not the losses')
     return notes
 
 

@@ -110,29 +110,39 @@ def looks(rows):
                        markersize=5, label=name.removesuffix(rows[0].note)) for i, name in enumerate(names)}
 
 
+def placed(row):
+    """
+    Where a row stands beside its dense control: the control's mean loss plus the paired difference.
+
+    That is its own mean loss, unless it lacks some of the control's seeds, which may all be higher or lower.
+    """
+    return row.control.loss + to_dense(row).mean if to_dense(row) else row.loss
+
+
 def draw_tradeoff(ax, rows):
     """One recipe's part of it: a line for each curve, open marks for other placements of the same count."""
     lines, styles = curves(rows), looks(rows)
     on_curve = [row for curve in lines for row in curve]
     # a count cannot tell placements apart; what a pass really all-reduces can
     observed = any(row not in on_curve for row in rows if not row.dense)
-    placed = {}                         # x of what is not on a curve -> how many are there already
+    beside = {}                         # x of what is not on a curve -> how many are there already
     for i, curve in enumerate(lines):
         aside = 0.16 * (i - (len(lines) - 1) / 2)       # so that bars stand side by side
         style = styles[curve_name(curve[0])]
         own = [row for row in rows if not row.dense and curve_name(row) == curve_name(curve[0])]
         x = {row: (row.all_reduces['forward'] if observed else row.communications) + aside for row in own}
-        ax.plot([x[row] for row in curve], [row.loss for row in curve], linestyle=LINES[i % len(LINES)],
+        ax.plot([x[row] for row in curve], list(map(placed, curve)), linestyle=LINES[i % len(LINES)],
                 zorder=3, **style)
         for row in own:
-            if row not in curve:        # beside the others, numbered as in the key
-                placed[x[row]] = placed.get(x[row], 0) + 1
-                x[row] += 0.3 * placed[x[row]]
-                ax.plot(x[row], row.loss, linestyle='', markerfacecolor='white', zorder=3,
+            if row not in curve:        # side by side, too
+                beside[x[row]] = beside.get(x[row], 0) + 1
+                x[row] += 0.3 * beside[x[row]]
+                ax.plot(x[row], placed(row), linestyle='', markerfacecolor='white', zorder=3,
                         **style | {'label': None})
             difference = to_dense(row)
             if difference and difference.half is not None:
-                ax.errorbar(x[row], row.loss, difference.half, color=style['color'], capsize=2.5, linewidth=1)
+                ax.errorbar(x[row], placed(row), difference.half, color=style['color'], capsize=2.5,
+                            linewidth=1)
     if observed:
         ax.plot([], [], 'o', color='black', markerfacecolor='white', label='the same blocks in another order')
         names = {row.all_reduces['forward']: row.all_reduces['forward'] for row in on_curve}
@@ -143,7 +153,7 @@ def draw_tradeoff(ax, rows):
         ax.set_xlabel("communications by the guide's count\n(all-reduces observed in a forward pass)")
     ax.set_xticks(list(names), names.values())
     mark_references(ax, rows)
-    ax.legend(fontsize=7, title='bars: 95% interval of the paired\ndifference to dense', title_fontsize=7)
+    ax.legend(fontsize=7, title='dense plus the paired difference;\nbars: its 95% interval', title_fontsize=7)
 
 
 def mark_references(ax, rows):
@@ -309,8 +319,13 @@ def val_curve(run):
 def mean_curve(curves):
     """The mean of curves [(step, value)] at the steps that all of them have, as a curve."""
     curves = [dict(curve) for curve in curves]
-    return [(step, statistics.mean(curve[step] for curve in curves)) for step in curves[0]
+    return [(step, statistics.mean(curve[step] for curve in curves)) for step in (curves[0] if curves else [])
             if all(step in curve for curve in curves)]
+
+
+def controls(row):
+    """The dense control's runs of a row's seeds."""
+    return [run for seed, run in row.control.runs.items() if seed in row.runs] if row.control else []
 
 
 def draw(ax, curve, *line, **style):
@@ -324,9 +339,7 @@ def plot_curves(rows):
                        'validation loss; grey is dense', f'loss ({loss_unit(rows)})')
     settled = []                        # what the panels show; the first descent would flatten it
     for ax, row in zip(axes, rows):
-        if row.control:
-            dense = [train_curve(run) for run in row.control.runs.values()]
-            draw(ax, mean_curve(dense), color='0.7', linewidth=2.5)
+        draw(ax, mean_curve(map(train_curve, controls(row))), color='0.7', linewidth=2.5)
         for run in row.runs.values():
             curve = train_curve(run)
             draw(ax, curve, color='black', linewidth=0.5, alpha=0.7)
@@ -368,9 +381,8 @@ def plot_stability(rows):
     axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
     axes[0].minorticks_off()
     for ax, row in zip(axes, shown):
-        if row.control:
-            norms = [run.series('grad_norm').items() for run in row.control.runs.values()]
-            draw(ax, thinned(mean_curve(norms)), color='0.7', linewidth=2.5)
+        norms = mean_curve(run.series('grad_norm').items() for run in controls(row))
+        draw(ax, thinned(norms), color='0.7', linewidth=2.5)
         for run in row.runs.values():
             norms = run.series('grad_norm')
             draw(ax, highest(list(norms.items())), color='black', linewidth=0.5, alpha=0.7)

@@ -110,7 +110,10 @@ def test_pairs_are_of_one_seed(tmp_path):
     write_run(tmp_path, '4comm', {2: 3.5, 3: 9.0}, SPD)
     row = table(tmp_path)[4]
     assert runs.to_dense(row) == runs.Estimate(0.5, None, 1)
-    assert compare.missing_notes([row], []) == ['4comm: no dense control of seed 3, not in its difference']
+    assert compare.missing_notes([row], []) == [
+        '4comm: no dense control of seed 3, not in its difference',
+        'val losses are means over different seeds: compare the differences, not the losses']
+    assert plots.placed(row) == row.control.loss + 0.5
 
 
 def test_torn_last_line_is_dropped_and_a_broken_one_refused(tmp_path):
