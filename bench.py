@@ -249,6 +249,8 @@ def main(argv):
     options, flags = parser.parse_known_intermixed_args(argv)
     if options.rounds < 6:
         fail(f'--rounds={options.rounds}: a 95% interval of a median needs at least 6')
+    if options.gbit is not None and not (options.gbit > 0 and options.latency_us >= 0):
+        fail(f'--gbit={options.gbit:g} --latency_us={options.latency_us:g}: no link is like that')
     if options.shard and options.textbook:
         fail('--textbook is a step of one process; leave out --shard')
     # compiled, every config is one more graph of one function; torch keeps 8, and would run the rest eagerly
@@ -257,6 +259,11 @@ def main(argv):
     paths = [control] + [path for path in options.configs if path != control]
     shard = ['--shard=True'] * options.shard
     configs = [load([path, *options.also, *flags, *shard]) for path in paths]
+    for config in configs:
+        try:
+            model_config_of(config, options.vocab_size)
+        except ValueError as error:
+            config.refuse(str(error))
     (bench_sharded if options.shard else bench_simulated)(configs, options)
 
 

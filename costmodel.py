@@ -87,15 +87,20 @@ def sweep(group, device):
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    points, first = [], torch.zeros(1, device=device)
+    def slowest(seconds):
+        """Of all processes, who must agree on how often to repeat a message."""
+        message = torch.tensor(seconds, device=device)
+        timed(message, dist.ReduceOp.MAX)
+        return message.item()
+
+    points = []
+    slowest(0.0)                        # a group's first all-reduce connects it
     for size in SIZES:
-        if first.item() > 0.5:          # a slow link is known well enough by now
-            break
         message = torch.zeros(size // 4, device=device)
-        first.fill_(timed(message))
-        timed(first, dist.ReduceOp.MAX)         # all have to repeat it as often
-        repeats = min(max(round(0.2 / first.item()), 3), 20)
-        points.append((size, statistics.median(timed(message) for _ in range(repeats))))
+        repeats = min(max(round(0.2 / slowest(timed(message))), 3), 20)
+        points.append((size, slowest(statistics.median(timed(message) for _ in range(repeats)))))
+        if points[-1][1] > 0.5:         # a slow link is known well enough by now
+            break
     return points
 
 

@@ -84,6 +84,9 @@ def test_a_simulated_bench_measures_the_dense_control_first():
     (['--shard', '--textbook'], {}, '--textbook'),
     (['--shard', 'config/train_gpt2.py'], dict(WORLD_SIZE='2'), 'tp_size is 1, but 2'),
     ([], dict(WORLD_SIZE='2'), 'add --shard'),
+    (['--shard', '--gbit=-1'], {}, '--gbit=-1'),
+    (['--n_head=3'], {}, 'n_embd is 16, not a multiple of n_head, 3'),
+    (['--vocab_size=0'], {}, 'vocab_size is 0'),
 ], ids=str)
 def test_a_bench_that_cannot_be_is_refused_in_one_line(flags, environment, words, monkeypatch):
     for key, value in environment.items():
