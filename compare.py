@@ -133,7 +133,11 @@ def main(argv):
         fail(f'cannot write to --out={args.out}: {error.strerror}')
     print(f'\nwritten to {args.out}: table.md, table.csv, table.json, report.html and {len(plots)} plots')
     if args.wandb:
-        log_to_wandb(rows, said, plots, args.out, command)
+        import wandb
+        try:
+            log_to_wandb(rows, said, plots, args.out, command)
+        except (wandb.Error, OSError) as error:
+            fail(f'--wandb: all is in {args.out}, but W&B failed, {type(error).__name__}: {error}')
 
 
 if __name__ == '__main__':

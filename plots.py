@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from answers import (FULL_WIDTH, GOALS, TARGET, by_note, comparisons, curve_name, curves, drift_of,
-                     fastest_first, front, in_scope, width_trends)
+                     fastest_first, front, in_scope, largest_drift, width_trends)
 from configurator import pattern
 from runs import TOKENS, simulated, subject, to_dense
 
@@ -413,31 +413,47 @@ def plot_speed(rows):
     return fig
 
 
+def drift_panels(rows, title, unit, which):
+    """
+    A figure of the first or second list of drift_of(), mean over runs, against depth, and its axes; None and
+    none where nothing drifts. A sublayer that reads what is the same on every rank has no point.
+    """
+    measured = {row: list(row.values(drift_of).values()) for row in rows if row.mean(largest_drift)}
+    if not measured:
+        return None, []
+    fig, axes = panels(list(measured), title, unit,
+                       'depth in layers: what attention reads at whole numbers, what the MLP reads at halves')
+    for ax, runs in zip(axes, measured.values()):
+        means = [statistics.mean(values) if all(values) else math.nan
+                 for values in zip(*(run[which] for run in runs))]
+        ax.plot([i / 2 for i in range(len(means))], means, 'o-', color='black', markersize=2.5, linewidth=0.8)
+    return fig, axes
+
+
 def plot_drift(rows):
-    """How far apart the ranks' streams are that each sublayer reads, and which way, against depth."""
-    found = {}                          # row -> (drift, cosine) of each run
-    for row in rows:
-        measured = list(row.values(drift_of).values())
-        if measured and max(max(sizes) for sizes, _ in measured) > 0:
-            found[row] = measured
-    if not found:
-        return None
-    fig, axes = panels(
-        list(found), "Drift at the last evaluation: line, ||d_r|| / ||c||; dots, cosine of two ranks' drifts",
-        '', 'depth in layers: what attention reads at whole numbers, what the MLP reads at halves')
-    for ax, measured in zip(axes, found.values()):
-        sizes, cosines = (list(zip(*lists)) for lists in zip(*measured))        # by depth, then by run
-        draw(ax, [(i / 2, statistics.mean(size)) for i, size in enumerate(sizes)], color='black', linewidth=1)
-        draw(ax, [(i / 2, statistics.mean(cosine)) for i, cosine in enumerate(cosines) if None not in cosine],
-             'o', color='0.4', markersize=2.5)
+    """How far apart the ranks' streams are that each sublayer reads, against depth."""
+    fig, axes = drift_panels(rows, 'Drift at the last evaluation, of the streams that a sublayer reads',
+                             '||d_r|| / ||c||', 0)
+    for ax in axes[:1]:
+        ax.set_yscale('log')
+        ax.yaxis.set(major_formatter='{x:g}')
+        ax.minorticks_off()
+    return fig
+
+
+def plot_drift_cosine(rows):
+    """Whether the ranks' streams drift the same way, against depth: the cosine of d_r and d_s."""
+    fig, axes = drift_panels(rows, "Cosine of two ranks' drifts at the last evaluation", 'cosine', 1)
+    for ax in axes:
         ax.axhline(0, color='black', linewidth=0.5)
     return fig
 
 
 PLOTS = dict(
     loss_vs_communications=plot_tradeoff, paired_differences=plot_differences, placement=plot_placement,
-    pareto=plot_pareto, width_trend=plot_width, drift=plot_drift, training_curves=plot_curves,
-    difference_by_step=plot_difference_curves, stability=plot_stability, tokens_per_sec=plot_speed)
+    pareto=plot_pareto, width_trend=plot_width, drift=plot_drift, drift_cosine=plot_drift_cosine,
+    training_curves=plot_curves, difference_by_step=plot_difference_curves, stability=plot_stability,
+    tokens_per_sec=plot_speed)
 
 
 def draw_all(rows, folder):

@@ -172,7 +172,7 @@ h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
 table { border-collapse: collapse; font-size: .74rem; margin: 1rem 0; }
 th, td { border-bottom: 1px solid #bbb; padding: .2rem .45rem; text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid #111; }
-tbody th { font-weight: normal; }
+tbody th { font-weight: normal; min-width: 11em; }
 ul { margin: .2rem 0; padding-left: 1.2rem; }
 figure { margin: 1.5rem 0; } figure img { width: 100%; height: auto; } figcaption { font-size: .85rem; }
 code { font-size: .85rem; overflow-wrap: anywhere; }
