@@ -48,7 +48,7 @@ def flags(out_dir, times):
 
 
 def start(out_dir, times, processes=1):
-    """The run, in a process of its own, from the latest checkpoint where there is one; log.txt has its output."""
+    """The run, in a process of its own, from the latest checkpoint, if any; log.txt has its output."""
     resume = ['--init_from=resume'] * checkpoint.exists(out_dir)
     if processes > 1:
         command = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
@@ -155,7 +155,7 @@ def interrupt(kind, process, out_dir, before, rng):
 
 
 def torment(kind, out_dir, times, rng):
-    """Interrupts a run so many times, then lets it end. Returns (interruptions in a write, steps lost at most)."""
+    """Interrupts a run so many times, then lets it end. Returns (how often in a write, most steps lost)."""
     done = in_write = most = 0
     out_dir.mkdir()
     processes = 2 if kind == 'two' else 1
@@ -215,8 +215,8 @@ def main(argv):
                 assert not list((disk / 'run').glob('*.tmp'))
             minutes = (time.monotonic() - began) / 60
             print(f'| {KINDS[kind]} | {args.times} | {in_write} | {most} | {minutes:.1f} |', flush=True)
-    print(f'\nA checkpoint every {INTERVAL} steps. After each interruption every checkpoint could be read; in the '
-          "end metrics, weights and moments were the undisturbed run's to the bit.")
+    print(f'\nA checkpoint every {INTERVAL} steps. After each interruption every checkpoint could be read; '
+          "in the end metrics, weights and moments were the undisturbed run's to the bit.")
 
 
 if __name__ == '__main__':

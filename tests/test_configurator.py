@@ -5,6 +5,7 @@ configurator.py: what a run's config is made of, and the one line for whatever i
 """
 import math
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -183,7 +184,8 @@ TEXTS = st.one_of(
                  lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)).map(repr))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(sorted(KEYS)), text=TEXTS)
 @example('learning_rate', '1' + '0' * 400)
 @example('learning_rate', '1' + '0' * 5000)
@@ -233,3 +235,36 @@ def test_tables_name_only_keys_that_exist():
 
 def test_cpu_py_leaves_what_the_runs_differ_in():
     assert not read_file(CPU).keys() & {'n_layer', 'block_types', 'tp_size', 'seed', 'wandb_run_name', 'out_dir'}
+
+
+LITERALS = st.recursive(
+    st.integers() | st.floats() | st.booleans() | st.none() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3), max_leaves=4).map(repr)
+KEY_LIKE = st.sampled_from(sorted(KEYS)) | st.text('_abnl', min_size=1, max_size=8)
+CONFIG_TEXT = st.one_of(
+    st.lists(st.builds('{} = {}'.format, KEY_LIKE, LITERALS), max_size=4).map('\n'.join).map(str.encode),
+    st.text(max_size=40).map(lambda text: text.encode('utf-8', 'replace')), st.binary(max_size=40))
+FLAGS = st.one_of(
+    st.builds('--{}={}'.format, KEY_LIKE, TEXTS), st.builds('--{}={}'.format, KEY_LIKE, LITERALS),
+    st.text(max_size=12))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(CONFIG_TEXT, max_size=2), flags=st.lists(FLAGS, max_size=3))
+@example([b'raise SystemExit'], [])
+@example([b'block_types = []'], ['--n_layer=1'])
+@example([], ['--block_types=', '--n_layer=1'])
+@example([b'block_types = ["tp"] * 3'], ['.py', '--=', '--'])
+def test_any_files_and_flags_give_a_config_or_one_line(tmp_path, texts, flags):
+    paths = [str(tmp_path / f'{i}.py') for i in range(len(texts))]
+    for path, text in zip(paths, texts):
+        Path(path).write_bytes(text)
+    argv = [*paths, *(flag for flag in flags if flag not in ('-h', '--help'))]
+    try:
+        config = load(argv)
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, str) and stopped.code.startswith('error: ')
+        assert len(stopped.code.splitlines()) == 1
+    else:
+        assert vars(config).keys() == KEYS.keys()

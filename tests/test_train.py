@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -53,11 +54,14 @@ def alone(monkeypatch):
 
 
 def run(out_dir, *flags):
-    """train.py in this process, which afterwards holds no lock and no signal. Returns sys.exit()'s argument, or 0."""
+    """
+    train.py in this process, which afterwards holds no lock and no signal; out_dir None is its default.
+    Returns sys.exit()'s argument, or 0.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     held = len(checkpoint.held)
     try:
-        train.main([*flags, f'--out_dir={out_dir}'])
+        train.main([*flags, *[f'--out_dir={out_dir}'] * (out_dir is not None)])
         return 0
     except SystemExit as stopped:
         return stopped.code or 0
@@ -218,20 +222,23 @@ def test_the_loss_scale_is_resumed_too(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / 'b/ckpt.pt')['scaler']['_growth_tracker'] == 12
 
 
-def test_one_or_two_processes_with_accumulation_and_an_interruption(tmp_path):
+def test_a_run_goes_on_on_the_same_batches_on_another_number_of_processes(tmp_path, monkeypatch):
     # 12 windows a step: two processes take 6 each, in two micro-batches of 3
     flags = [*TINY, '--gradient_accumulation_steps=3']
-    one, two = tmp_path / 'one', tmp_path / 'two'
+    one, mixed = tmp_path / 'one', tmp_path / 'mixed'
     assert run(one, *flags) == 0
-    process = start(two, *flags, processes=2)
-    wait_for_step(process, two, 13)
+    stop_at(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(mixed, *flags) == 75 and info(mixed)['processes'] == 1
+    monkeypatch.undo()
+    process = start(mixed, *flags, '--init_from=resume', processes=2)
+    wait_for_step(process, mixed, 13)
     process.terminate()
     output = process.communicate(timeout=60)
-    assert info(two)['state'] == 'resumable' and info(two)['processes'] == 2, output
-    assert 13 <= info(two)['iter'] < 40
-    assert run(two, *flags, '--init_from=resume') == 0
+    assert info(mixed)['state'] == 'resumable' and info(mixed)['processes'] == 2, output
+    assert 13 <= info(mixed)['iter'] < 40
+    assert run(mixed, *flags, '--init_from=resume') == 0
     for key in ('train_loss', 'grad_norm', 'val_loss', 'val_tokens'):
-        assert column(one, key) == pytest.approx(column(two, key), rel=1e-5)
+        assert column(mixed, key) == pytest.approx(column(one, key), rel=1e-5)
 
 
 # what a step and an evaluation are
@@ -415,6 +422,56 @@ def test_the_latest_and_the_best_are_kept(tmp_path, monkeypatch):
         assert list(column(out_dir, 'val_loss').values()) == [5.0, 2.0, None, 4.0, 3.0]
 
 
+def test_checkpoints_have_an_interval_of_their_own(tmp_path, monkeypatch):
+    real, saved = checkpoint.save, []
+    monkeypatch.setattr(checkpoint, 'save', lambda out_dir, state, best, keep: (
+        saved.append((state['iter'], best)), real(out_dir, state, best, keep)))
+    losses = iter([5.0, 2.0, 4.0, 3.0, 1.0])
+    monkeypatch.setattr(train, 'evaluate', lambda *args: (next(losses), 1000))
+    assert run(tmp_path, *TINY, '--checkpoint_interval=15', '--keep_checkpoints=1') == 0
+    assert saved == [(0, True), (10, True), (15, False), (30, False), (40, True)]
+    assert sorted(path.name for path in tmp_path.glob('*.pt')) == [
+        'ckpt-00000030.pt', 'ckpt-00000040.pt', 'ckpt-best.pt', 'ckpt-previous.pt', 'ckpt.pt']
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(undisturbed, tmp_path, monkeypatch):
+    real, went_on = checkpoint.save, threading.Event()
+
+    def save(out_dir, state, *args):
+        if state['iter'] == 10:
+            assert went_on.wait(60)     # until step 13
+        real(out_dir, state, *args)
+    monkeypatch.setattr(checkpoint, 'save', save)
+    stop_at(monkeypatch, 13, went_on.set)
+    stop_at(monkeypatch, 16, crash)
+    with pytest.raises(Crash):
+        run(tmp_path, *DROPOUT)
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 10 and metrics(tmp_path)[-1]['iter'] == 16
+    monkeypatch.undo()
+    assert run(tmp_path, *DROPOUT, '--init_from=resume') == 0       # from the weights of step 10, no later
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_fault_of_the_writing_thread_is_not_swallowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'save', lambda *args: {}['a bug'])
+    with pytest.raises(KeyError, match='a bug'):
+        run(tmp_path, *TINY)
+
+
+def test_a_run_whose_last_checkpoint_could_not_be_written_is_not_finished(undisturbed, tmp_path, monkeypatch):
+    real = checkpoint.save
+
+    def save(out_dir, state, *args):
+        if state['iter'] == 40:
+            raise OSError(28, 'No space left on device')
+        real(out_dir, state, *args)
+    monkeypatch.setattr(checkpoint, 'save', save)
+    assert run(tmp_path, *DROPOUT) == 75 and info(tmp_path)['state'] == 'resumable'
+    monkeypatch.undo()
+    assert run(tmp_path, *DROPOUT, '--init_from=resume') == 0
+    assert_same_run(tmp_path, undisturbed)
+
+
 def test_no_updates_and_evaluation_alone(undisturbed, tmp_path, capsys):
     assert run(tmp_path / 'none', *TINY, '--max_iters=0') == 0
     assert [line['iter'] for line in metrics(tmp_path / 'none')] == [0] and info(tmp_path / 'none')['state'] == 'finished'
@@ -438,7 +495,43 @@ def test_a_finished_folder_gives_its_result_and_stays_as_it_is(undisturbed, caps
         assert len(out.splitlines()) == 1 and f'{info(undisturbed)["val_loss"]:.4f}' in out and 'finished' in out
     message = refused(undisturbed, *DROPOUT, '--seed=2', '--max_iters=50')
     assert all(word in message for word in (str(undisturbed), 'seed', '1337', '2', 'max_iters', '40', '50'))
+    message = refused(undisturbed, *DROPOUT, '--learning_rate=1e-3', '--init_from=resume')
+    assert 'learning_rate is 0.002 there, 0.001 here' in message
     assert contents(undisturbed) == before
+
+
+def test_a_finished_run_without_a_finite_loss_gives_its_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'evaluate', lambda *args: (math.nan, 1000))
+    for _ in range(2):
+        assert run(tmp_path, *TINY, '--max_iters=1') == 0
+    assert info(tmp_path)['val_loss'] is None
+    assert 'is finished: val loss nan, step 1' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_guides_options_share_a_folder_and_never_destroy_each_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out_dir = tmp_path / 'out/gpt2-124M-12comm-cpu'
+
+    def option(*flags):
+        capsys.readouterr()
+        return run(None, *TINY, *flags)
+
+    long, short = '--max_iters=30', '--max_iters=20'
+    with monkeypatch.context() as patch:
+        stop_at(patch, 12, lambda: train.signals.append(signal.SIGTERM))
+        assert option(long) == 75       # A, stopped on its way
+    before = contents(out_dir)
+    assert 'max_iters is 30 there, 20 here' in option(short) and contents(out_dir) == before     # then B
+    assert option(long, '--init_from=resume') == 0
+    before = contents(out_dir)
+    assert 'max_iters is 30 there, 20 here' in option(short) and contents(out_dir) == before
+    assert 'max_iters is 30 there, 20 here' in option(short, '--init_from=resume')
+    assert contents(out_dir) == before
+    shutil.rmtree(out_dir)
+    assert option(short) == 0           # B, then C, which is B again, then A
+    before = contents(out_dir)
+    assert option(short) == 0 and 'is finished' in capsys.readouterr().out
+    assert 'max_iters is 20 there, 30 here' in option(long) and contents(out_dir) == before
 
 
 def test_a_finished_run_can_be_made_longer(undisturbed, tmp_path, capsys):
@@ -503,19 +596,11 @@ def test_a_checkpoint_lost_between_two_renames_is_made_up_for(undisturbed, copy_
     assert_same_run(copy_of_crashed, undisturbed)
 
 
-class Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize('foreign', ['code', 'tensor', 'list', 'other keys', 'no moments', 'other shapes', 'other progress'])
-def test_a_foreign_checkpoint_gets_one_line_and_runs_no_code(copy_of_crashed, tmp_path, foreign):
+@pytest.mark.parametrize('foreign', ['tensor', 'list', 'other keys', 'no moments', 'other shapes', 'other progress'])
+def test_a_foreign_checkpoint_gets_one_line(copy_of_crashed, foreign):
     saved = checkpoint.load(copy_of_crashed / 'ckpt.pt')
     thing = {
-        'code': dict(saved, scaler=Code(tmp_path / 'ran')), 'tensor': torch.zeros(3), 'list': [1],
+        'tensor': torch.zeros(3), 'list': [1],
         'other keys': {'model': saved['model']}, 'no moments': dict(saved, optimizer={}),
         'other shapes': dict(saved, model=dict(saved['model'], **{'transformer.wte.weight': torch.zeros(3, 3)})),
         'other progress': dict(saved, progress=dict(saved['progress'], place=1)),
@@ -523,7 +608,6 @@ def test_a_foreign_checkpoint_gets_one_line_and_runs_no_code(copy_of_crashed, tm
     for name in checkpoint.LATEST:
         torch.save(thing, copy_of_crashed / name)
     assert str(copy_of_crashed) in refused(copy_of_crashed, *DROPOUT, '--init_from=resume')
-    assert not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{}', '{"state": "finished"}', '{"config": 1}', '[' * 10**5, '\0'])
@@ -635,6 +719,27 @@ def test_training_is_eager_where_the_compiler_fails(undisturbed, tmp_path, monke
     lines = [line for line in capsys.readouterr().out.splitlines() if 'torch.compile' in line]
     assert len(lines) == 1 and type(error).__name__ in lines[0] and 'eager' in lines[0]
     assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize('batch_size, steps, words', [
+    (12, 40, '--batch_size=8 --gradient_accumulation_steps=60'),
+    (2, 3, '--batch_size=1 --gradient_accumulation_steps=6'),
+    (3, 5, '--batch_size=1 --gradient_accumulation_steps=15'),
+    (1, 4, '--block_size')])
+def test_out_of_gpu_memory_gets_a_line_with_flags_that_keep_the_batch(
+        tmp_path, monkeypatch, batch_size, steps, words):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(train, 'evaluate', out_of_memory)
+    flags = [f'--batch_size={batch_size}', f'--gradient_accumulation_steps={steps}']
+    message = refused(tmp_path, *TINY, *flags)
+    assert words in message and 'out of GPU memory' in message and info(tmp_path)['state'] == 'failed'
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'run.json', 'lock', 'ckpt.pt'])
+def test_a_folder_in_place_of_a_file_gets_one_line(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert str(tmp_path) in refused(tmp_path, *TINY, *['--init_from=resume'] * (name == 'ckpt.pt'))
 
 
 def test_a_machine_without_git_trains(tmp_path, monkeypatch):
@@ -775,3 +880,15 @@ def test_training_does_without_wandb_where_it_is_not_installed(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, 'wandb', None)
     assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=1') == 0
     assert capsys.readouterr().out.count('W&B') == 1
+
+
+# interruptions at random moments, by the script that does many of them
+
+
+@pytest.mark.parametrize('kind', ['kill', 'term'])
+def test_random_interruptions_change_nothing(kind):
+    command = [sys.executable, str(ROOT / 'tests/crash.py'), kind, '--times=4', '--seed=3']
+    done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert '| 4 |' in done.stdout
