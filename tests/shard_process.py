@@ -31,7 +31,7 @@ def network(config, ranks, ddp_group, place, dtype):
     return net
 
 
-def batches(step, place, n=2):
+def batches(step, place, n):
     """This process's share of a step's n micro-batches (B, T)."""
     x, y = torch.randint(V, (2, n, B, T), generator=torch.Generator().manual_seed(step))
     share = n // place.ddp_size
@@ -49,21 +49,24 @@ def gradients(net, place, config):
     return seen
 
 
-def compute(config, dropout, ranks, ddp_group, place):
-    """(gradients of step 1 in float64, losses and gradient norms of some steps in float32, who took them)"""
+def compute(config, dropout, micro_batches, ranks, ddp_group, place):
+    """
+    (gradients of step 1 in float64, losses and gradient norms of some steps in float32, who took them).
+    micro_batches: in each of those steps, over all data-parallel processes
+    """
     args = config, ranks, ddp_group, place
     config.dropout = dropout
     first = gradients(network(*args, torch.float64), place, config)
     config.dropout = 0.0
     net = network(*args, torch.float32)
-    return first, [train.train_step(net, batches(step, place), 1e-3, config, place)[:2]
+    return first, [train.train_step(net, batches(step, place, micro_batches), 1e-3, config, place)[:2]
                    for step in range(STEPS)], net
 
 
-def check_config(config, expected, dropout, *where):
-    """expected: what compute() gave for the simulated ranks; where: ranks, ddp_group, place"""
-    what, place = f'{config.wandb_run_name}, bias {config.bias}', where[-1]
-    ours, steps, net = compute(config, dropout, *where)
+def check_config(config, expected, *args):
+    """expected: what compute() gave for the simulated ranks; args: its other arguments"""
+    what, place = f'{config.wandb_run_name}, bias {config.bias}', args[-1]
+    ours, steps, net = compute(config, *args)
     for key, simulated in expected[0].items():
         far = (ours[key] - simulated).abs().max() / simulated.abs().max().clamp(min=1e-12)
         assert far < 1e-9 or simulated.abs().max() < 1e-12, f'{what}: {key} is off by {far}'
@@ -91,13 +94,14 @@ def main(tp_size):
     # dropout draws by data-parallel process, so its masks agree with one process's where there is one
     dropout = 0.1 if place.ddp_size == 1 else 0.0
     alone = train.Place(0, 1, [[0]], place.device)
-    expected = {i: compute(configs[i], dropout, None, None, alone)[:2]
+    micro_batches = [2 if config.bias else place.ddp_size for config in configs]
+    expected = {i: compute(configs[i], dropout, micro_batches[i], None, None, alone)[:2]
                 for i in range(place.process, len(configs), place.processes)}
     shared = [None] * place.processes
     dist.all_gather_object(shared, expected)
     expected = {i: results for part in shared for i, results in part.items()}
     for i, config in enumerate(configs):
-        check_config(config, expected[i], dropout, ranks, ddp_group, place)
+        check_config(config, expected[i], dropout, micro_batches[i], ranks, ddp_group, place)
     train.disconnect(place)
     print('all checks passed')
 

@@ -26,7 +26,7 @@ def launch(processes, script, *args):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *args]
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True,
-                          text=True, timeout=400)
+                          text=True, timeout=600)
 
 
 @pytest.mark.parametrize('processes, tp_size', [(2, 2), (4, 4), (4, 2)], ids=['tp 2', 'tp 4', '2 x tp 2'])
