@@ -96,12 +96,15 @@ def parse_args(argv):
     parser.add_argument('--wandb', action='store_true', help='log the answer to W&B, too')
     parser.add_argument('--from-wandb', metavar='ENTITY/PROJECT', help='read the runs of a W&B project')
     parser.error = lambda message: fail(f'{message}; see python compare.py --help')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.level is not None and not math.isfinite(args.level):
+        fail(f'--level={args.level}: it must be a finite loss, in nats per token')
+    return args
 
 
 def main(argv):
-    from plots import draw_all            # matplotlib takes a second, which sweep.py should not wait for
     args = parse_args(argv)
+    from plots import draw_all          # matplotlib takes a second, which a mistyped flag need not wait for
     default = [] if args.from_wandb else [Path('out')]
     folders, empty = find_runs(args.folders or default)
     runs = [read_run(folder) for folder in folders] + (from_wandb(args.from_wandb) if args.from_wandb else [])

@@ -68,8 +68,8 @@ def loss_unit(rows):
     return f'nats per {units.pop() if len(units) == 1 else ""} token'.replace('  ', ' ')
 
 
-def short(row):
-    """A row's label without what the title says already."""
+def wrapped(row):
+    """A row's label, on lines that leave room for a plot."""
     return '\n'.join(textwrap.wrap(row.label, 44))
 
 
@@ -80,12 +80,6 @@ def bar(ax, difference, y, **style):
         ax.plot(difference.mean, y, markerfacecolor='white', linestyle='', **style)
     else:
         ax.errorbar(difference.mean, y, xerr=difference.half, capsize=2.5, linewidth=1, linestyle='', **style)
-
-
-def shade_floor(ax, floor, draw):
-    """What is too small to be called a difference, around 0."""
-    if floor:
-        draw(-floor, floor, color='0.88', zorder=0, label=f'within the rounding floor, {floor:.0e}')
 
 
 # the answer
@@ -183,7 +177,7 @@ def plot_differences(rows):
                  if seed in row.control.losses]
         ax.plot(seeds, [y] * len(seeds), '|', color='0.45', markersize=8)
         bar(ax, to_dense(row), y)
-    finish_forest(ax, [f'{short(row)}  (n={to_dense(row).n})' for row in shown], shown)
+    finish_forest(ax, [f'{wrapped(row)}  (n={to_dense(row).n})' for row in shown], shown)
     ax.set_xlabel(f'difference ({loss_unit(rows)}); mean and 95% interval, a stroke for each seed')
     return fig
 
@@ -191,7 +185,8 @@ def plot_differences(rows):
 def finish_forest(ax, names, rows):
     """A line at 0, the floor, and a name at each height, the first on top."""
     ax.axvline(0, color='black', linewidth=0.8)
-    shade_floor(ax, max((row.floor or 0 for row in rows), default=0), ax.axvspan)
+    floor = max(row.floor or 0 for row in rows)
+    ax.axvspan(-floor, floor, color='0.88', zorder=0)
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(visible=False, axis='y')
@@ -404,7 +399,7 @@ def plot_speed(rows):
         ax.plot(own, [y] * len(own), '|', color='black', markersize=7)
         ax.annotate(f'{speed:,.0f}', (max(own), y), xytext=(6, 0), textcoords='offset points', va='center',
                     fontsize=7)
-    ax.set_yticks(range(len(shown)), [short(row) for row in shown], fontsize=7)
+    ax.set_yticks(range(len(shown)), [wrapped(row) for row in shown], fontsize=7)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.margins(x=0.12)
     ax.grid(visible=False, axis='y')

@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict
 from itertools import starmap
 
-from answers import (comparisons, curve_name, curves, fit_bend, front, highest_norm, largest_drift,
+from answers import (by_note, comparisons, curve_name, curves, fit_bend, front, highest_norm, largest_drift,
                      width_trends)
 from configurator import pattern
 from runs import SPIKE, judge, subject, to_dense
@@ -82,7 +82,7 @@ def write_json(path, rows, unfinished, notes, said, link, command):
                           difference=one.difference and asdict(one.difference)) for one in comparisons(rows)],
         bends=[dict(curve=name, at=bend.at, seeds=bend.seeds, bend=asdict(bend.bend), p=bend.p,
                     squares_left=bend.left) for name, bend in bends if bend],
-        pareto_front=[row.name for row in front([row for row in rows if not row.dense])],
+        pareto_front=[row.name for own in by_note(rows).values() for row in front(own)],
         width_trends=[dict(config=trend.words, points=trend.points, slope=asdict(trend.slope))
                       for trend in width_trends(rows)])
     path.write_text(json.dumps(found, indent=1, allow_nan=False) + '\n')

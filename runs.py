@@ -189,11 +189,11 @@ def read_wandb(project, api):
     ours, keys = {chart: key for key, chart in CHARTS.items()}, read_defaults().keys()
     runs = []
     for there in api.runs(project, filters={'jobType': 'train'}, lazy=False):
-        logged = dict(there.config)
-        run = Run(Path(*there.path), {key: logged[key] for key in TRACKED & logged.keys()}, {}, {})
+        told = dict(there.config)
+        run = Run(Path(*there.path), {key: told[key] for key in TRACKED & told.keys()}, {}, {})
         run.info.update(
-            name=there.name, state=there.state, config={key: logged[key] for key in keys & logged.keys()},
-            all_reduces={way: logged.get(f'all_reduces_{way}') for way in ('forward', 'backward')})
+            name=there.name, state=there.state, config={key: told[key] for key in keys & told.keys()},
+            all_reduces={way: told.get(f'all_reduces_{way}') for way in ('forward', 'backward')})
         missing = (NEEDED - run.info.keys()) | ({'max_iters', *VARIED} - run.config.keys())
         if missing:
             run.info, run.trouble = {}, f'its config in W&B lacks {", ".join(sorted(missing))}'

@@ -577,6 +577,6 @@ def test_runs_in_wandb_of_another_program_are_named(tmp_path):
     assert 'its config in W&B lacks' in run.trouble and 'block_types' in run.trouble
 
 
-@pytest.mark.parametrize('flag', ['--link=25', '--link=25,-1', '--link=a,b', '--level=x'])
+@pytest.mark.parametrize('flag', ['--link=25', '--link=25,-1', '--link=a,b', '--level=x', '--level=nan'])
 def test_mistyped_flags_are_refused(flag):
     assert flag.partition('=')[2].partition(',')[0] in refused(flag)
