@@ -58,6 +58,7 @@ def start(out_dir, times, processes=1):
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
     def body():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(out_dir / 'log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -99,23 +100,37 @@ def fail(line):
     raise AssertionError(line)
 
 
-def writing(out_dir):
-    """Whether a checkpoint is being written or named."""
-    return any(out_dir.glob('ckpt*.tmp')) or (out_dir / 'ckpt-new.pt').exists()
+def stamps(out_dir):
+    """(name, time) of run.json, and of the files that are there while a checkpoint is being written."""
+    files = [*out_dir.glob('ckpt*.tmp'), *out_dir.glob('ckpt-new.pt'), *out_dir.glob('run.json')]
+    found = set()
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
-def wait_for_moment(process, out_dir, before, rng):
-    """Until a random moment of a run that began at step `before`; at once where the process has ended."""
+def began(out_dir, was):
+    return any(name == 'run.json' for name, _ in stamps(out_dir) - was)
+
+
+def writing(out_dir, was):
+    """Whether a checkpoint is being written or named, by a run before whose start the stamps were these."""
+    return any(name != 'run.json' for name, _ in stamps(out_dir) - was)
+
+
+def wait_for_moment(process, out_dir, was, before, rng):
+    """Until a random moment of a run that goes on from step `before`; at once where the process has ended."""
     kind = rng.choice(['start', 'step', 'write'])
     if kind == 'start':
         time.sleep(rng.uniform(0, 1))
         return
     until = before + rng.randrange(1, 2 * INTERVAL)
-    while alive(process) and last_step(out_dir) < until:
+    while alive(process) and not (began(out_dir, was) and last_step(out_dir) >= until):
         time.sleep(rng.uniform(0, 0.004))
-    while alive(process) and kind == 'write' and not writing(out_dir):
-        pass
     if kind == 'write':
+        while alive(process) and not writing(out_dir, was):
+            pass
         time.sleep(rng.uniform(0, 0.003))
 
 
@@ -137,16 +152,15 @@ def filled(folder):
         path.unlink()
 
 
-def interrupt(kind, process, out_dir, before, rng):
+def interrupt(kind, process, out_dir, was, before, rng):
     """One interruption. Returns the exit status."""
     if kind == 'two':
-        while alive(process) and last_step(out_dir) <= before:
+        while len(children(process)) < 2:
             time.sleep(0.01)
-        wait_for_moment(process, out_dir, before, rng)
-        with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):    # where it has ended
-            os.kill(int(rng.choice(children(process))), signal.SIGKILL)
+        wait_for_moment(process, out_dir, was, before, rng)
+        os.kill(int(rng.choice(children(process))), signal.SIGKILL)
         return ended(process)
-    wait_for_moment(process, out_dir, before, rng)
+    wait_for_moment(process, out_dir, was, before, rng)
     with filled(out_dir.parent) if kind == 'full' else contextlib.nullcontext():
         if kind == 'full':
             time.sleep(rng.uniform(0, 0.2))
@@ -160,11 +174,11 @@ def torment(kind, out_dir, times, rng):
     out_dir.mkdir()
     processes = 2 if kind == 'two' else 1
     while done < times:
-        before = saved_step(out_dir)
+        before, was = saved_step(out_dir), stamps(out_dir)
         process = start(out_dir, times, processes)
-        status = interrupt(kind, process, out_dir, before, rng)
+        status = interrupt(kind, process, out_dir, was, before, rng)
         assert status != 0, 'the run ended before it was interrupted often enough'
-        done, caught = done + 1, writing(out_dir)
+        done, caught = done + 1, writing(out_dir, was)
         in_write += caught
         reached, saved = last_step(out_dir), saved_step(out_dir)
         most = max(most, reached - saved)
@@ -201,11 +215,12 @@ def main(argv):
     if 'full' in kinds and os.geteuid():
         parser.error('full mounts a file system, which takes root')
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # cleans up, as Ctrl-C does
     print('| interruption | times | in a write | most steps lost | minutes |', '|---|---:|---:|---:|---:|',
           sep='\n', flush=True)
     with tempfile.TemporaryDirectory() as folder:       # TMPDIR says on which disk
         for kind in kinds:
-            disk, began = Path(folder) / kind, time.monotonic()
+            disk, since = Path(folder) / kind, time.monotonic()
             undisturbed = Path(folder) / f'undisturbed-{kind}'
             undisturbed.mkdir()
             assert ended(start(undisturbed, args.times, 2 if kind == 'two' else 1), 600) == 0
@@ -213,7 +228,7 @@ def main(argv):
                 in_write, most = torment(kind, disk / 'run', args.times, random.Random(args.seed))
                 assert_same_run(disk / 'run', undisturbed)
                 assert not list((disk / 'run').glob('*.tmp'))
-            minutes = (time.monotonic() - began) / 60
+            minutes = (time.monotonic() - since) / 60
             print(f'| {KINDS[kind]} | {args.times} | {in_write} | {most} | {minutes:.1f} |', flush=True)
     print(f'\nA checkpoint every {INTERVAL} steps. After each interruption every checkpoint could be read; '
           "in the end metrics, weights and moments were the undisturbed run's to the bit.")
