@@ -12,7 +12,6 @@ import argparse
 import errno
 import hashlib
 import json
-import mmap
 import os
 import shutil
 from bisect import bisect_right
@@ -111,13 +110,10 @@ class Tokens:
 
     def __init__(self, paths, vocab_size):
         self.paths, self.vocab_size = paths, vocab_size
-        self.maps, self.arrays = [], []
-        for path in paths:
-            offset, count = find_tokens(path)
-            with open(path, 'rb') as file:
-                self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            self.arrays.append(np.frombuffer(self.maps[-1], TOKEN, count, offset))
-        self.begins = [0, *accumulate(map(len, self.arrays))]  # where each file's tokens begin, and the end
+        self.offsets, self.counts = zip(*map(find_tokens, paths))  # bytes before the tokens, and how many
+        # read, not mapped: a page of a map faults when it is touched, and counts as this process's memory
+        self.files = [open(path, 'rb', buffering=0) for path in paths]
+        self.begins = [0, *accumulate(self.counts)]  # where each file's tokens begin, and the end
 
     def __len__(self):
         return self.begins[-1]
@@ -125,13 +121,8 @@ class Tokens:
     def read_windows(self, starts, n):
         """(len(starts), n) uint16: n tokens from each start. ValueError if one is outside the vocabulary."""
         windows = np.empty((len(starts), n), dtype=TOKEN)
-        touched = set()
         for window, start in zip(windows, starts):
-            touched |= self._copy(window, int(start))
-        if hasattr(mmap, 'MADV_DONTNEED'):
-            # pages read through a map count as this process's memory until they are given back
-            for i in touched:
-                self.maps[i].madvise(mmap.MADV_DONTNEED)
+            self._fill(window, int(start))
         if windows.size and windows.max() >= self.vocab_size:
             row, column = np.argwhere(windows >= self.vocab_size)[0]
             path, token = self.paths[self._file_at(starts[row] + column)], windows[row, column]
@@ -155,16 +146,15 @@ class Tokens:
     def _file_at(self, position):
         return bisect_right(self.begins, position) - 1
 
-    def _copy(self, window, start):
+    def _fill(self, window, start):
         assert 0 <= start <= len(self) - len(window), f'{len(window)} tokens from {start} of {len(self)}'
-        filled, touched = 0, set()
-        while filled < len(window):
-            i = self._file_at(start + filled)
-            piece = self.arrays[i][start + filled - self.begins[i]:][:len(window) - filled]
-            window[filled:filled + len(piece)] = piece
-            filled += len(piece)
-            touched.add(i)
-        return touched
+        while len(window):
+            i = self._file_at(start)
+            piece = window[:self.begins[i + 1] - start]
+            place = self.offsets[i] + (start - self.begins[i]) * TOKEN.itemsize
+            if os.preadv(self.files[i].fileno(), [piece], place) < piece.nbytes:
+                raise ValueError(f'{self.paths[i]} became shorter while it was in use')
+            window, start = window[len(piece):], start + len(piece)
 
 
 class Corpus(NamedTuple):
@@ -201,7 +191,7 @@ def open_folder(folder):
     for split in ('train', 'val'):
         files = meta['splits'][split]['files']
         splits[split] = Tokens([folder / file['name'] for file in files], meta['vocab_size'])
-        for file, found in zip(files, map(len, splits[split].arrays)):
+        for file, found in zip(files, splits[split].counts):
             if found != file['tokens']:
                 raise ValueError(f"{folder / file['name']} holds {found} tokens of uint16, meta.json says "
                                  f"{file['tokens']}")
@@ -308,7 +298,7 @@ def write_meta(out, meta, names):
     splits = {}
     for split in ('train', 'val'):
         tokens = Tokens([out / name for name in names[split]], meta['vocab_size'])
-        files = [{'name': name, 'tokens': len(array)} for name, array in zip(names[split], tokens.arrays)]
+        files = [{'name': name, 'tokens': count} for name, count in zip(names[split], tokens.counts)]
         splits[split] = {'files': files, **tokens.describe()}
     meta = {**meta, 'dtype': 'uint16', 'splits': splits}
     fault = find_fault(meta)
