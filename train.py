@@ -11,6 +11,7 @@ batches of a step follow from (seed, step) alone, so that runs differ in nothing
 """
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -27,6 +28,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from configurator import communications, differences, fail, load
+
+if __name__ == '__main__':
+    load(sys.argv[1:])                  # --help and mistakes are told before torch is loaded
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,7 +40,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from configurator import communications, differences, fail, load
 from corpus import open_corpus
 from dataloader import TrainLoader, val_batches
 from drift import measure_drift
@@ -114,6 +119,18 @@ def tensor_parallel_groups(config, processes):
     return torch.arange(processes).view(nodes // size, size, -1).transpose(1, 2).reshape(-1, size).tolist()
 
 
+def keep_freed_memory():
+    """
+    Has the C library keep the memory that a step frees for the next step. glibc would give large blocks back
+    to the kernel, and each of their pages faults when it is next touched, which can take as long as the
+    step's arithmetic.
+    """
+    libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4      # malloc.h
+    if hasattr(libc, 'mallopt'):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)                              # never
+
+
 def find_place(config):
     """This process's Place, from torchrun's environment. Refuses a device that is not there."""
     name = config.device
@@ -123,12 +140,15 @@ def find_place(config):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        config.refuse(f'device is {name}, which this machine or this torch does not have; try --device=cpu')
+        config.refuse(f'device is {name}, which this machine or this torch does not have; try config/cpu.py, '
+                      'or --device=cpu --dtype=float32 --compile=False')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
         if config.dtype == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
             config.refuse('dtype is bfloat16, which this GPU does not compute; try --dtype=float16')
+    elif device.type == 'cpu':
+        keep_freed_memory()
     processes = int(os.environ.get('WORLD_SIZE', 1))
     return Place(int(os.environ.get('RANK', 0)), processes, tensor_parallel_groups(config, processes), device)
 
@@ -141,7 +161,12 @@ def connect(config, place):
     if place.processes == 1:
         return None, None
     backend = config.backend or ('nccl' if place.device.type == 'cuda' else 'gloo')
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    except RuntimeError as error:
+        sys.exit(f'error: process {place.process} of {place.processes} could not reach all others at '
+                 f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")} in ten minutes '
+                 f'({str(error).partition(chr(10))[0]})')
     mesh = DeviceMesh(place.device.type, torch.tensor(place.groups), mesh_dim_names=('ddp', 'tp'))
     ranks = None
     if len(place.groups[0]) > 1:
@@ -160,7 +185,11 @@ def missing_processes(place):
     Which processes do not answer, after those that live had a few seconds to say so in torchrun's store.
     """
     address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-    store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    try:
+        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False,
+                              timeout=timedelta(seconds=10))
+    except RuntimeError:                # the store is gone, and with it the node of the first process
+        return [0]
     store.set(f'alive/{place.process}', '1')
     time.sleep(3)
     return [process for process in range(place.processes) if not store.check([f'alive/{process}'])]
