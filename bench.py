@@ -4,22 +4,28 @@ How fast a training step is, config by config: as ratios to the dense control, o
     python bench.py --batch_size=1 --block_size=256 --device=cpu --dtype=float32 --compile=False
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
     torchrun --standalone --nproc_per_node=8 bench.py --shard --tp_size=2
+    python bench.py --input --device=cpu
 
 A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens a data-parallel
 process. The configs take turns within each round, so that whatever else the machine does meets all of them.
+The first config is what ratios are to where it is a dense control, else config/train_gpt2.py is.
 
 With --shard each process hosts one tensor-parallel rank, and ratios are to 24comm, for there is no dense
 control in such a run. Every config's step is measured with its network and without: alone, a process reduces
 over a group of itself. What a step takes more than that is its time in collectives, waits for late peers
 included. A sweep of all-reduces measures the links, and what costmodel.py predicts stands beside what was
-measured. The last line is JSON.
+measured. --input measures the reading of a step's windows in place of the step. The last line is JSON.
 """
 
 import argparse
 import json
+import os
+import resource
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 import torch._dynamo
@@ -29,6 +35,8 @@ from scipy import stats
 
 import costmodel
 from configurator import communications, fail, load
+from corpus import Tokens
+from dataloader import TrainLoader
 from model import GPT
 from train import (
     Network, Place, autocast, connect, disconnect, find_place, model_config_of, peak_flops, train_step)
@@ -136,6 +144,18 @@ def print_results(results, config, place, control, rounds):
               f'{row["ratio"]:15.3f} {row["low"]:9.3f}-{row["high"]:.3f} {mfu:>6} {memory:>6}')
 
 
+def write_profile(candidate, folder):
+    """Where the time of two steps goes, by operation: a table, and a trace for a browser's profiler page."""
+    with torch.profiler.profile() as profile:
+        candidate.step()
+        candidate.step()
+    folder.mkdir(parents=True, exist_ok=True)
+    order = 'self_cuda_time_total' if candidate.cuda else 'self_cpu_time_total'
+    table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+    (folder / f'{candidate.name}.txt').write_text(table)
+    profile.export_chrome_trace(str(folder / f'{candidate.name}.json.gz'))
+
+
 def bench_simulated(configs, options):
     """Prints what the configs took, the dense control first."""
     place = find_place(configs[0])
@@ -145,9 +165,46 @@ def bench_simulated(configs, options):
     if options.textbook:
         candidates.append(Textbook(configs[0], place, options.vocab_size))
     take_turns(candidates, options.rounds)
+    if options.profile:
+        for candidate in candidates:
+            write_profile(candidate, options.profile)
     results = [result(candidate, candidates[0]) for candidate in candidates]
     print_results(results, configs[-1], place, 'dense', options.rounds)
     print(json.dumps(results))
+
+
+def bench_input(config, options):
+    """
+    Prints what reading a step's windows takes, of a file of 17 GB (without holes it would be OpenWebText's
+    size), as a share of the step at 500,000 tokens a second, and what memory that adds. A run hides this
+    behind the step before it; here nothing is hidden.
+    """
+    place, windows = find_place(config), config.batch_size * config.gradient_accumulation_steps
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'train.bin'
+        path.touch()
+        os.truncate(path, 17 * 10**9)
+        loader = TrainLoader(Tokens([path], options.vocab_size), config.block_size, windows, config.seed,
+                             place.ddp_rank, place.ddp_size, config.batch_size, place.device)
+        list(loader.batches(0))
+        resident, seconds = peak_resident(), []
+        for step in range(1, options.rounds + 1):
+            began = time.perf_counter()
+            list(loader.batches(step))
+            seconds.append(time.perf_counter() - began)
+        list(loader.batches(step + 1))  # none is being read when the file goes
+        median, low, high = interval(seconds)
+        step_seconds = windows * config.block_size / 500e3
+        grown = peak_resident() - resident
+    print(f'{windows} windows of {config.block_size} tokens: {median * 1e3:.1f} ms [{low * 1e3:.1f}, '
+          f'{high * 1e3:.1f}], {median / step_seconds:.2%} of a step at 500,000 tokens/s; '
+          f'{grown:.0f} MiB more memory after {options.rounds} steps than after one')
+    print(json.dumps(dict(seconds=median, low=low, high=high, share=median / step_seconds, grown_mib=grown)))
+
+
+def peak_resident():
+    """The most memory that this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 # sharded: each config with its network and without, and the links
@@ -243,6 +300,8 @@ def main(argv):
     parser.add_argument('--rounds', type=int, default=25, help='timed steps of each config')
     parser.add_argument('--vocab_size', type=int, default=costmodel.VOCAB_SIZE, help='of the model')
     parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
+    parser.add_argument('--profile', type=Path, metavar='FOLDER', help='write where the time goes to there')
+    parser.add_argument('--input', action='store_true', help='measure the reading of windows instead')
     parser.add_argument('--shard', action='store_true', help='one tensor-parallel rank a process')
     parser.add_argument('--gbit', type=float, help='sharded: predict for a link of so many Gbit/s, too')
     parser.add_argument('--latency_us', type=float, default=30.0, help='of a message over that link')
@@ -251,11 +310,13 @@ def main(argv):
         fail(f'--rounds={options.rounds}: a 95% interval of a median needs at least 6')
     if options.gbit is not None and not (options.gbit > 0 and options.latency_us >= 0):
         fail(f'--gbit={options.gbit:g} --latency_us={options.latency_us:g}: no link is like that')
-    if options.shard and options.textbook:
-        fail('--textbook is a step of one process; leave out --shard')
+    if options.shard and (options.textbook or options.profile):
+        fail('--textbook and --profile are for one process; leave out --shard')
     # compiled, every config is one more graph of one function; torch keeps 8, and would run the rest eagerly
     torch._dynamo.config.recompile_limit = 1000
     control = SHARDED_CONTROL if options.shard else CONTROL
+    if not options.shard and options.configs and load([options.configs[0]]).tp_size == 1:
+        control = options.configs[0]
     paths = [control] + [path for path in options.configs if path != control]
     shard = ['--shard=True'] * options.shard
     configs = [load([path, *options.also, *flags, *shard]) for path in paths]
@@ -264,7 +325,10 @@ def main(argv):
             model_config_of(config, options.vocab_size)
         except ValueError as error:
             config.refuse(str(error))
-    (bench_sharded if options.shard else bench_simulated)(configs, options)
+    if options.input:
+        bench_input(configs[0], options)
+    else:
+        (bench_sharded if options.shard else bench_simulated)(configs, options)
 
 
 if __name__ == '__main__':

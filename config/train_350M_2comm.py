@@ -1,0 +1,11 @@
+# GPT-2 medium's size: Parallel alone
+# torchrun --standalone --nproc_per_node=8 train.py config/train_350M_2comm.py --max_iters=20000
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-350M-2comm'
+block_types = ['parallel'] * 24
+n_layer = 24
+n_head = 16
+n_embd = 1024
+batch_size = 6                          # half of the recipe's, for the memory; the step is the same
+gradient_accumulation_steps = 80
