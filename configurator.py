@@ -140,7 +140,7 @@ def read_file(path):
     namespace = {}
     try:
         exec(compile(text, path, 'exec'), namespace)
-    except (Exception, SystemExit) as error:        # whatever a config file does wrong, it is its writer's to read
+    except (Exception, SystemExit) as error:        # whatever it does wrong, it is its writer's to read
         fail(f'{path}: {type(error).__name__}: {error}')
     return {key: value for key, value in namespace.items()
             if not key.startswith('_') and not isinstance(value, types.ModuleType)}

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 
 from configurator import HOUSEKEEPING, fail, pattern, read_defaults
 
@@ -33,8 +34,9 @@ def read_metrics(path):
     """
     The two kinds of lines of a metrics.jsonl, as {iter: line}: evaluations, log lines.
 
-    A run that was killed may leave half a line at the end, which is dropped. Any other broken line ends the
-    program.
+    A line is a JSON object with a whole number as its `iter` and numbers or nulls as its other values, or
+    lists of them where it tells the drift. A run that was killed may leave half a line at the end, which is
+    dropped. Any other broken line ends the program.
     """
     evals, logs = {}, {}
     lines = path.read_bytes().split(b'\n') if path.exists() else []
@@ -43,8 +45,12 @@ def read_metrics(path):
             continue
         try:
             line = json.loads(text)
+            values = [value for key, found in line.items()
+                      for value in (found if key.startswith('drift') else [found])]
+            if type(line['iter']) is not int or not set(map(type, values)) <= {int, float, NoneType}:
+                raise ValueError
             (evals if 'val_loss' in line else logs)[line['iter']] = line
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if number < len(lines):     # the last has no newline after it: it was being written
                 fail(f'{path} line {number} is broken: {text[:60].decode(errors="replace")}')
     return evals, logs

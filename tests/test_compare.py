@@ -116,13 +116,17 @@ def test_pairs_are_of_one_seed(tmp_path):
     assert plots.placed(row) == row.control.loss + 0.5
 
 
-def test_torn_last_line_is_dropped_and_a_broken_one_refused(tmp_path):
+@pytest.mark.parametrize('broken', [
+    '{"iter": 30, "val_l', '{"val_loss": 2.0}', '{"iter": 30.5, "val_loss": 2.0}',
+    '{"iter": 30, "val_loss": "2"}', '{"iter": 30, "val_loss": [2.0]}', '{"iter": 30, "drift": [0.5, "0.5"]}',
+    '30', '[]', '[' * 10**5], ids=range(9))
+def test_torn_last_line_is_dropped_and_a_broken_one_refused(tmp_path, broken):
     write_run(tmp_path, 'dense', {1: 2.0}, tp_size=1)
     path = tmp_path / 'dense-seed1' / 'metrics.jsonl'
     whole = path.read_text()
-    path.write_text(whole + '{"iter": 30, "val_l')
+    path.write_text(whole + broken)
     assert table(tmp_path)[0].loss == 2.0
-    path.write_text(whole + '{"iter": 30, "val_l\n' + whole)
+    path.write_text(whole + broken + '\n' + whole)
     message = refused(tmp_path, '--out', tmp_path / 'cmp')
     assert f'{path} line 5' in message
 

@@ -41,7 +41,8 @@ def write(tmp_path):
 
 
 def test_defaults_then_files_in_order_then_flags(write):
-    first, second = write('seed = 2; n_head = 4; dropout = 0.2', 'a.py'), write('seed = 3; n_head = 6', 'b.py')
+    first = write('seed = 2; n_head = 4; dropout = 0.2', 'a.py')
+    second = write('seed = 3; n_head = 6', 'b.py')
     config = load(['--seed=5', first, '--seed=4', second])
     assert (config.seed, config.n_head, config.dropout, config.n_embd) == (4, 6, 0.2, 768)
     assert [config.sources[key] for key in ('seed', 'n_head', 'dropout', 'n_embd')] == [
@@ -90,7 +91,8 @@ def test_values_of_flags(flag, value):
 
 
 def test_a_file_may_compute_and_import(write):
-    config = load([write('import math\n_n = 3\nn_layer = 2 * _n\nlearning_rate = 1\nblock_types = ("spd",) * n_layer')])
+    config = load([write('import math\n_n = 3\nn_layer = 2 * _n\nlearning_rate = 1\n'
+                         'block_types = ("spd",) * n_layer')])
     assert config.n_layer == 6 and config.block_types == ['spd'] * 6
     assert type(config.learning_rate) is float
 
@@ -180,8 +182,9 @@ TEXTS = st.one_of(
     st.text(st.characters(codec='utf-8')),
     st.integers().map(str), st.floats().map(str),
     st.text('0123456789.-+*/_e()[], \'"tpsdNoneTrueFals', max_size=12),
-    st.recursive(st.integers() | st.floats() | st.text(max_size=3) | st.none() | st.booleans(),
-                 lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)).map(repr))
+    st.recursive(
+        st.integers() | st.floats() | st.text(max_size=3) | st.none() | st.booleans(),
+        lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)).map(repr))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None,
@@ -214,17 +217,19 @@ def test_help_lists_every_key_with_its_default_and_its_meaning(capsys):
     assert not stopped.value.code
     lines = capsys.readouterr().out.splitlines()
     for key, (default, _, comment) in KEYS.items():
-        assert len([line for line in lines if f'--{key}={default}' in line and comment and comment in line]) == 1
+        its = [line for line in lines if f'--{key}={default}' in line and comment and comment in line]
+        assert len(its) == 1
 
 
 def test_the_keys_are_those_that_users_know():
     names = DEFAULTS.read_text().split()
     assert not [key for key in KEYS if names.count(f'{key}:') != 1]
     assert KEYS.keys() >= set(
-        'out_dir eval_interval log_interval eval_only always_save_checkpoint init_from wandb_log wandb_project '
-        'wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout '
-        'bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters '
-        'min_lr backend device dtype compile eval_tokens tp_size block_types seed'.split())
+        'out_dir eval_interval log_interval eval_only always_save_checkpoint init_from wandb_log '
+        'wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer '
+        'n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr '
+        'warmup_iters lr_decay_iters min_lr backend device dtype compile eval_tokens tp_size block_types '
+        'seed'.split())
 
 
 def test_tables_name_only_keys_that_exist():
@@ -234,7 +239,8 @@ def test_tables_name_only_keys_that_exist():
 
 
 def test_cpu_py_leaves_what_the_runs_differ_in():
-    assert not read_file(CPU).keys() & {'n_layer', 'block_types', 'tp_size', 'seed', 'wandb_run_name', 'out_dir'}
+    assert not read_file(CPU).keys() & {
+        'n_layer', 'block_types', 'tp_size', 'seed', 'wandb_run_name', 'out_dir'}
 
 
 LITERALS = st.recursive(

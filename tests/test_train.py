@@ -1,10 +1,11 @@
 """
-train.py and what it writes: the same numbers however a run is batched, spread, interrupted or evaluated; nothing lost,
-and nothing wrong accepted.
+train.py and what it writes: the same numbers however a run is batched, spread, interrupted or evaluated;
+nothing lost, and nothing wrong accepted.
 
     python -m pytest tests/test_train.py
 
-Runs are tiny and mostly made in this process; real signals, torchrun and W&B without a key get processes of their own.
+Runs are tiny and mostly made in this process; real signals, torchrun and W&B without a key get processes of
+their own.
 """
 import contextlib
 import json
@@ -33,9 +34,10 @@ from model import GPT, GPTConfig
 
 ROOT = train.ROOT
 LAYERS = ['tp', 'spd', 'parallel', 'spd']
-TINY = [str(ROOT / 'config/train_gpt2_12comm.py'), str(ROOT / 'config/cpu.py'), f'--block_types={",".join(LAYERS)}',
-        '--n_layer=4', '--n_embd=32', '--block_size=32', '--batch_size=4', '--warmup_iters=5', '--max_iters=40',
-        '--eval_interval=10', '--eval_tokens=1000', '--log_interval=1']
+TINY = [str(ROOT / 'config/train_gpt2_12comm.py'), str(ROOT / 'config/cpu.py'),
+        f'--block_types={",".join(LAYERS)}', '--n_layer=4', '--n_embd=32', '--block_size=32',
+        '--batch_size=4', '--warmup_iters=5', '--max_iters=40', '--eval_interval=10', '--eval_tokens=1000',
+        '--log_interval=1']
 DROPOUT = [*TINY, '--dropout=0.1']
 MEASURED = {'tokens_per_sec', 'mfu', 'peak_memory_gib'}     # what two equal runs may differ in
 
@@ -58,7 +60,8 @@ def run(out_dir, *flags):
     train.py in this process, which afterwards holds no lock and no signal; out_dir None is its default.
     Returns sys.exit()'s argument, or 0.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     held = len(checkpoint.held)
     try:
         train.main([*flags, *[f'--out_dir={out_dir}'] * (out_dir is not None)])
@@ -75,11 +78,11 @@ def run(out_dir, *flags):
 
 def start(out_dir, *flags, processes=None, **settings):
     """train.py in a process of its own, or under torchrun in as many as it is told."""
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes else []
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    command = [sys.executable, *torchrun * bool(processes), str(ROOT / 'train.py')]
     return subprocess.Popen(
-        [sys.executable, *torchrun, str(ROOT / 'train.py'), *flags, f'--out_dir={out_dir}'], text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **settings}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
+        [*command, *flags, f'--out_dir={out_dir}'], env={**os.environ, 'OMP_NUM_THREADS': '1', **settings},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(process, out_dir, step):
@@ -175,7 +178,8 @@ def copy_of_crashed(crashed, tmp_path):
 # interruptions
 
 
-@pytest.mark.parametrize('number, status, state', [(signal.SIGTERM, 75, 'resumable'), (signal.SIGKILL, -9, 'running')])
+@pytest.mark.parametrize('number, status, state', [
+    (signal.SIGTERM, 75, 'resumable'), (signal.SIGKILL, -9, 'running')])
 def test_an_interrupted_run_goes_on_to_the_bit(undisturbed, tmp_path, number, status, state):
     process = start(tmp_path, *DROPOUT)
     wait_for_step(process, tmp_path, 13)
@@ -248,7 +252,8 @@ def test_a_step_is_its_windows_however_they_are_batched(tmp_path):
     runs = {}
     for size, steps in (16, 1), (4, 4), (5, 4):
         out_dir = tmp_path / f'{size}x{steps}'
-        assert run(out_dir, *TINY, '--max_iters=8', f'--batch_size={size}', f'--gradient_accumulation_steps={steps}') == 0
+        flags = ['--max_iters=8', f'--batch_size={size}', f'--gradient_accumulation_steps={steps}']
+        assert run(out_dir, *TINY, *flags) == 0
         runs[size] = {key: column(out_dir, key) for key in ('train_loss', 'grad_norm', 'val_loss')}
         assert info(out_dir)['tokens_per_step'] == size * steps * 32
     for key, values in runs[16].items():
@@ -332,8 +337,9 @@ def test_the_norm_is_of_the_gradient_before_clipping():
     for config.grad_clip in 0.0, norm / 7, norm * 7:
         net, *_ = toy()
         clipped = {}
-        net.optimizer.register_step_pre_hook(lambda optimizer, *_: clipped.update(norm=torch.nn.utils.get_total_norm(
-            [p.grad for group in optimizer.param_groups for p in group['params']]).item()))
+        net.optimizer.register_step_pre_hook(lambda optimizer, *_: clipped.update(
+            norm=torch.nn.utils.get_total_norm(
+                [p.grad for group in optimizer.param_groups for p in group['params']]).item()))
         found = train.train_step(net, batches, 1e-3, config, place)
         assert found[:2] == pytest.approx((loss.item(), norm), rel=1e-5)
         assert clipped['norm'] == pytest.approx(min(norm, config.grad_clip or norm), rel=1e-4)
@@ -354,10 +360,11 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('it, rate', [
-    (0, 1 / 11), (4, 5 / 11), (9, 10 / 11), (10, 1.0), (35, 0.1 + 0.9 * (0.5 + math.sqrt(0.125))), (60, 0.55), (110, 0.1),
-    (1000, 0.1)])
+    (0, 1 / 11), (4, 5 / 11), (9, 10 / 11), (10, 1.0), (35, 0.1 + 0.9 * (0.5 + math.sqrt(0.125))),
+    (60, 0.55), (110, 0.1), (1000, 0.1)])
 def test_the_learning_rate_rises_then_follows_a_cosine(it, rate):
-    config = SimpleNamespace(decay_lr=True, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    config = SimpleNamespace(
+        decay_lr=True, learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
     assert train.learning_rate(it, config) == pytest.approx(rate, rel=1e-12)
     config.decay_lr = False
     assert train.learning_rate(it, config) == 1.0
@@ -389,13 +396,16 @@ def test_metrics_and_run_json(undisturbed, corpus):
     assert found['config'].keys() == read_defaults().keys()
     assert (config.block_types, config.out_dir, config.lr_decay_iters) == (LAYERS, str(undisturbed), 40)
     assert found['name'] == config.wandb_run_name == 'gpt2-124M-12comm-cpu'
-    assert found['corpus'] == dict(name='pystdlib', corpus=corpus.meta['corpus'], tokenizer='byte', vocab_size=257,
-                                   val_sha256=corpus.meta['splits']['val']['sha256'])
+    assert found['corpus'] == dict(
+        name='pystdlib', corpus=corpus.meta['corpus'], tokenizer='byte', vocab_size=257,
+        val_sha256=corpus.meta['splits']['val']['sha256'])
     assert found['communications'] == 6 and found['all_reduces'] == dict(forward=4, backward=4)
-    assert found['parameters'] == sum(p.numel() for name, p in saved['model'].items() if name != 'lm_head.weight')
+    assert found['parameters'] == sum(
+        p.numel() for name, p in saved['model'].items() if name != 'lm_head.weight')
     assert (found['state'], found['iter'], found['val_loss']) == ('finished', 40, losses[-1])
     assert (found['tokens_per_step'], found['processes'], found['device']) == (128, 1, 'cpu')
-    assert found['versions'] == dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+    assert found['versions'] == dict(
+        python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
     assert found['seconds'] > 0 and found['flops_per_token'] > 0 and found.keys() >= {'git_commit', 'argv'}
 
 
@@ -408,7 +418,8 @@ def test_a_checkpoint_is_dense_gpt2_after_exactly_max_iters_updates(undisturbed)
     assert saved['model']['transformer.h.1.attn.c_attn.weight'].shape == (96, 32)
     assert saved['model']['lm_head.weight'].data_ptr() == saved['model']['transformer.wte.weight'].data_ptr()
     assert all(tensor.device.type == 'cpu' for tensor in saved['model'].values())
-    assert {entry['step'].item() for entry in saved['optimizer']['state'].values()} == {40} and saved['iter'] == 40
+    steps = {entry['step'].item() for entry in saved['optimizer']['state'].values()}
+    assert steps == {40} and saved['iter'] == 40
     assert saved['config'] == info(undisturbed)['config'] and saved['corpus']['tokenizer'] == 'byte'
 
 
@@ -474,7 +485,8 @@ def test_a_run_whose_last_checkpoint_could_not_be_written_is_not_finished(undist
 
 def test_no_updates_and_evaluation_alone(undisturbed, tmp_path, capsys):
     assert run(tmp_path / 'none', *TINY, '--max_iters=0') == 0
-    assert [line['iter'] for line in metrics(tmp_path / 'none')] == [0] and info(tmp_path / 'none')['state'] == 'finished'
+    assert [line['iter'] for line in metrics(tmp_path / 'none')] == [0]
+    assert info(tmp_path / 'none')['state'] == 'finished'
     assert run(tmp_path / 'new', *TINY, '--eval_only=True') == 0
     assert not (tmp_path / 'new').exists()
     before = contents(undisturbed)
@@ -492,7 +504,8 @@ def test_a_finished_folder_gives_its_result_and_stays_as_it_is(undisturbed, caps
     for flags in [], ['--init_from=resume'], ['--log_interval=2', '--wandb_log=True']:
         assert run(undisturbed, *DROPOUT, *flags) == 0
         out = capsys.readouterr().out
-        assert len(out.splitlines()) == 1 and f'{info(undisturbed)["val_loss"]:.4f}' in out and 'finished' in out
+        assert len(out.splitlines()) == 1 and 'finished' in out
+        assert f'{info(undisturbed)["val_loss"]:.4f}' in out
     message = refused(undisturbed, *DROPOUT, '--seed=2', '--max_iters=50')
     assert all(word in message for word in (str(undisturbed), 'seed', '1337', '2', 'max_iters', '40', '50'))
     message = refused(undisturbed, *DROPOUT, '--learning_rate=1e-3', '--init_from=resume')
@@ -581,7 +594,8 @@ def flip(data):
 
 
 @pytest.mark.parametrize('damage', [cut, flip, lambda data: b'', lambda data: b'{}'])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, copy_of_crashed, damage, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+        undisturbed, copy_of_crashed, damage, capsys):
     latest = copy_of_crashed / 'ckpt.pt'
     latest.write_bytes(damage(latest.read_bytes()))
     assert run(copy_of_crashed, *DROPOUT, '--init_from=resume') == 0
@@ -596,13 +610,15 @@ def test_a_checkpoint_lost_between_two_renames_is_made_up_for(undisturbed, copy_
     assert_same_run(copy_of_crashed, undisturbed)
 
 
-@pytest.mark.parametrize('foreign', ['tensor', 'list', 'other keys', 'no moments', 'other shapes', 'other progress'])
+@pytest.mark.parametrize('foreign', [
+    'tensor', 'list', 'other keys', 'no moments', 'other shapes', 'other progress'])
 def test_a_foreign_checkpoint_gets_one_line(copy_of_crashed, foreign):
     saved = checkpoint.load(copy_of_crashed / 'ckpt.pt')
+    shapes = dict(saved['model'], **{'transformer.wte.weight': torch.zeros(3, 3)})
     thing = {
         'tensor': torch.zeros(3), 'list': [1],
         'other keys': {'model': saved['model']}, 'no moments': dict(saved, optimizer={}),
-        'other shapes': dict(saved, model=dict(saved['model'], **{'transformer.wte.weight': torch.zeros(3, 3)})),
+        'other shapes': dict(saved, model=shapes),
         'other progress': dict(saved, progress=dict(saved['progress'], place=1)),
     }[foreign]
     for name in checkpoint.LATEST:
@@ -610,7 +626,8 @@ def test_a_foreign_checkpoint_gets_one_line(copy_of_crashed, foreign):
     assert str(copy_of_crashed) in refused(copy_of_crashed, *DROPOUT, '--init_from=resume')
 
 
-@pytest.mark.parametrize('text', ['', '[]', '{}', '{"state": "finished"}', '{"config": 1}', '[' * 10**5, '\0'])
+@pytest.mark.parametrize('text', [
+    '', '[]', '{}', '{"state": "finished"}', '{"config": 1}', '[' * 10**5, '\0'])
 def test_a_damaged_run_json_gets_one_line(copy_of_crashed, text):
     (copy_of_crashed / 'run.json').write_text(text)
     assert str(copy_of_crashed / 'run.json') in refused(copy_of_crashed, *DROPOUT, '--init_from=resume')
@@ -633,8 +650,8 @@ def test_a_checkpoint_of_another_network_is_refused(copy_of_crashed, flag, there
 
 
 def test_a_run_goes_on_under_another_recipe_with_a_warning(copy_of_crashed, capsys):
-    flags = ['--block_types=tp', '--tp_size=4', '--learning_rate=1e-3', '--max_iters=22', '--init_from=resume']
-    assert run(copy_of_crashed, *DROPOUT, *flags) == 0
+    flags = ['--block_types=tp', '--tp_size=4', '--learning_rate=1e-3', '--max_iters=22']
+    assert run(copy_of_crashed, *DROPOUT, *flags, '--init_from=resume') == 0
     out = capsys.readouterr().out
     assert 'learning_rate was 0.002 up to step 20, it is 0.001 from here on' in out
     assert 'tp_size was 2' in out and 'block_types was' in out and 'resuming' in out
@@ -648,7 +665,9 @@ def test_a_run_goes_on_under_another_recipe_with_a_warning(copy_of_crashed, caps
 
 @contextlib.contextmanager
 def full_disk(size):
-    """No file of this process grows beyond `size` bytes: a write that would raises OSError, as on a full disk."""
+    """
+    No file of this process grows beyond `size` bytes: a write that would raises OSError, as on a full disk.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -797,7 +816,10 @@ def test_under_torchrun_only_the_first_process_says_what_is_wrong(tmp_path):
 
 
 def wandb_records(path):
-    """The protobuf records of a .wandb file, a log in LevelDB's format: blocks of 32 KiB, a 7-byte header a chunk."""
+    """
+    The protobuf records of a .wandb file, a log in LevelDB's format: blocks of 32 KiB, a 7-byte header a
+    chunk.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
     data, at, whole = path.read_bytes(), 7, b''
     while at + 7 <= len(data):
@@ -815,8 +837,9 @@ def wandb_records(path):
 def wandb_history(path):
     """(id, lines): what W&B kept of a run, its keys as W&B names them."""
     records = list(wandb_records(path))
-    lines = [{''.join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-             for record in records if record.WhichOneof('record_type') == 'history']
+    history = [record.history for record in records if record.WhichOneof('record_type') == 'history']
+    lines = [{''.join(item.nested_key) or item.key: json.loads(item.value_json) for item in line.item}
+             for line in history]
     return next(record.run for record in records if record.WhichOneof('record_type') == 'run'), lines
 
 
@@ -873,7 +896,8 @@ def test_training_outlives_wandb(tmp_path, monkeypatch, capsys, fails, error):
     assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=3') == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if 'W&B' in line or 'network' in line]
     assert len(lines) == 1 and lines[0].startswith('warning: ') and type(error).__name__ in lines[0]
-    assert info(tmp_path)['state'] == 'finished' and [line['iter'] for line in metrics(tmp_path)] == [0, 1, 2, 3, 3]
+    assert info(tmp_path)['state'] == 'finished'
+    assert [line['iter'] for line in metrics(tmp_path)] == [0, 1, 2, 3, 3]
 
 
 def test_training_does_without_wandb_where_it_is_not_installed(tmp_path, monkeypatch, capsys):
