@@ -27,6 +27,7 @@ import pytest
 import torch
 
 import checkpoint
+import sample
 import train
 from configurator import read_defaults
 from corpus import open_corpus
@@ -790,6 +791,14 @@ def test_bad_input_gets_one_line_before_any_work(tmp_path, flags, words):
     assert not (tmp_path / 'out').exists()
 
 
+def test_a_mistyped_flag_is_told_before_torch_is_loaded(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise ImportError')
+    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), '--lerning_rate=1'], text=True,
+                          env={**os.environ, 'PYTHONPATH': str(tmp_path)}, capture_output=True)
+    assert done.stderr == 'error: --lerning_rate=1: no key is called lerning_rate; learning_rate?\n'
+    assert (done.returncode, done.stdout) == (1, '')
+
+
 def test_missing_data_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'open_corpus', partial(open_corpus, data_dir=tmp_path / 'data'))
     assert 'python data/pystdlib/prepare.py' in refused(tmp_path / 'out', *TINY)
@@ -810,6 +819,31 @@ def test_under_torchrun_only_the_first_process_says_what_is_wrong(tmp_path):
     assert process.returncode == 1 and out == '' and 'train.py", line' not in err
     line, = (line for line in err.splitlines() if 'out_dir is' in line)
     assert line.startswith('error: ') and 'cannot be written' in line
+
+
+# text from a run
+
+
+def test_a_run_writes_on_from_a_start(undisturbed, tmp_path, capsys):
+    (tmp_path / 'prompt.txt').write_text('def main(')
+    texts = []
+    for start, seed in ('def main(', 1), (f'FILE:{tmp_path}/prompt.txt', 1), ('def main(', 2):
+        sample.main([f'--out_dir={undisturbed}', f'--start={start}', f'--seed={seed}', '--num_samples=2',
+                     '--max_new_tokens=40', '--device=cpu'])
+        texts.append(capsys.readouterr().out.split('\n---------------\n'))
+    first, second, rest = texts[0]
+    assert first.startswith('def main(') and second.startswith('def main(') and rest == ''
+    assert len(first) > len('def main(') and first != second and texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--temperature=0', '--temperature=0.0: it must be above 0'), ('--tempreture=1', '--tempreture=1'),
+    ('--checkpoint=ckpt-first.pt', 'ckpt-first.pt: No such file'), ('--start=', '--start is empty')])
+def test_a_mistake_in_a_flag_of_sample_gets_one_line(undisturbed, flag, words):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f'--out_dir={undisturbed}', '--device=cpu', flag])
+    message = stopped.value.code        # text: Python prints it on stderr and leaves with status 1
+    assert message.startswith('error: ') and len(message.splitlines()) == 1 and words in message
 
 
 # weights & biases
@@ -846,6 +880,7 @@ def wandb_history(path):
 def test_wandb_offline_has_every_step_under_one_id_across_a_resume(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_CONSOLE', 'off')
+    monkeypatch.setenv('WANDB_X_SERVICE_WAIT', '300')       # a busy machine's start may take over its 30 s
     stop_at(monkeypatch, 16, lambda: train.signals.append(signal.SIGTERM))
     assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=25') == 75
     time.sleep(1)                           # W&B names its folders by the second
