@@ -56,9 +56,8 @@ def below(row, limit):
     loss = estimate(list(row.losses.values()))
     if loss.half is None:
         return f'{"yes" if loss.mean < limit else "no"}, {loss.mean:.4f} in one seed, no interval'
-    low, high = loss.mean - loss.half, loss.mean + loss.half
-    answer = 'yes' if high < limit else 'no' if low >= limit else 'undecided'
-    return f'{answer}, {loss.mean:.4f} [{low:.4f}, {high:.4f}] (n={loss.n})'
+    answer = 'yes' if loss.high < limit else 'no' if loss.low >= limit else 'undecided'
+    return f'{answer}, {loss.mean:.4f} [{loss.low:.4f}, {loss.high:.4f}] (n={loss.n})'
 
 
 def caveat(rows):
@@ -332,12 +331,12 @@ def speed(rows, link):
 
 def paired_ratio(row, other):
     """How many times other's tokens/s a row has, paired by seed, as text; None without a pair."""
-    own, theirs = (one.values(lambda run: run.tokens_per_sec) for one in (row, other))
-    logs = estimate([math.log(own[seed] / theirs[seed]) for seed in own if seed in theirs])
-    if logs is None or logs.half is None:
-        return logs and f'{math.exp(logs.mean):.3f} (one seed, no interval)'
-    low, high = math.exp(logs.mean - logs.half), math.exp(logs.mean + logs.half)
-    return f'{math.exp(logs.mean):.3f} [{low:.3f}, {high:.3f}] (n={logs.n})'
+    logs = paired(row, other, lambda run: run.tokens_per_sec and math.log(run.tokens_per_sec))
+    if logs is None:
+        return None
+    if logs.half is None:
+        return f'{math.exp(logs.mean):.3f} (one seed, no interval)'
+    return f'{math.exp(logs.mean):.3f} [{math.exp(logs.low):.3f}, {math.exp(logs.high):.3f}] (n={logs.n})'
 
 
 # how training went
@@ -384,7 +383,7 @@ def stability(rows):
     skipped = {row: sum(run.skipped for run in row.runs.values()) for row in rows}
     lines = [f'loss spikes ({SPIKE}): ' + in_runs(spiked),
              'steps without a finite gradient, which updated nothing: ' + in_runs(skipped)]
-    norms = {row: highest_norm(row) for row in rows if highest_norm(row) is not None}
+    norms = {row: norm for row in rows if (norm := highest_norm(row)) is not None}
     if norms:
         row = max(norms, key=norms.get)
         lines.append(f'the highest gradient norm logged after warmup is {norms[row]:.2f}, in {row.title}')
@@ -430,7 +429,7 @@ def largest_drift(run):
 
 def drifting(rows):
     """How far the ranks' streams come apart, as lines."""
-    sizes = {row: row.mean(largest_drift) for row in rows if row.mean(largest_drift)}
+    sizes = {row: drift for row in rows if (drift := row.mean(largest_drift)) is not None}
     if not sizes:
         return [f'{UNANSWERED}: no run logged any drift; --log_drift=True has it logged at evaluations']
     lines = []

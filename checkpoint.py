@@ -2,15 +2,18 @@
 What a run keeps in its folder so that nothing is lost: files that are whole or absent, the lock, the
 checkpoints.
 
-    ckpt.pt         the latest;  ckpt-previous.pt  the one before it;  ckpt-best.pt  the best validation loss
-    ckpt-STEP.pt    those that keep_checkpoints asks for
-    run.json        what the run is and how it stands
+    ckpt.pt             the latest
+    ckpt-previous.pt    the one before it
+    ckpt-best.pt        the best validation loss
+    ckpt-STEP.pt        those that keep_checkpoints asks for
+    run.json            what the run is and how it stands
 """
 
 import fcntl
 import json
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
@@ -29,7 +32,7 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1).encode() + b'\n')
 
 
-def read_run(path):
+def read_info(path):
     """
     run.json's object, or None where there is no file. Raises ValueError, in one line, for a damaged one.
     """
@@ -49,10 +52,12 @@ def read_run(path):
 def lock(out_dir):
     """Takes the folder until this process ends or dies. Raises ValueError where another process has it."""
     held.append(open(Path(out_dir) / 'lock', 'w'))
-    try:
-        fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f'out_dir is {out_dir}, which another run is using now') from error
+    for _ in range(20):                 # sweep.py holds it for an instant, to see whether anybody does
+        try:
+            return fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+    raise ValueError(f'out_dir is {out_dir}, which another run is using now')
 
 
 def kept(out_dir):
@@ -60,13 +65,8 @@ def kept(out_dir):
     return sorted(Path(out_dir).glob('ckpt-[0-9]*.pt'))
 
 
-def to_resume_from(out_dir):
-    """Where checkpoints to go on from may be, the latest first."""
-    return [*(Path(out_dir) / name for name in LATEST), *reversed(kept(out_dir))]
-
-
 def exists(out_dir):
-    """Whether a checkpoint was finished: one that is ckpt-new.pt and nothing else was not, quite."""
+    """Whether a save was ever finished. A lone ckpt-new.pt is from a first one that was killed at its end."""
     return any((Path(out_dir) / name).exists() for name in LATEST[1:])
 
 
@@ -133,7 +133,7 @@ def load_latest(out_dir, warn):
     (path, checkpoint) of the latest that can be read; warn(line) names those that are damaged. Raises
     ValueError where there is none.
     """
-    for path in to_resume_from(out_dir):
+    for path in [*(Path(out_dir) / name for name in LATEST), *reversed(kept(out_dir))]:     # the latest first
         try:
             return path, load(path)
         except FileNotFoundError:

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from answers import answers
-from configurator import fail
+from configurator import fail, model_vocab_size
 from report import log_to_wandb, markdown, page, terminal_table, write_csv, write_json
 from runs import find_runs, group, read_run, read_wandb, refuse_mixed, subject
 
@@ -64,7 +64,7 @@ def predict_steps(rows, link):
     cluster = Cluster(gbit=link[0], latency_us=link[1], nodes=nodes, gpus=nodes * math.ceil(8 / nodes))
     notes = []
     for row in rows:
-        vocab_size = 64 * math.ceil(row.first.info['corpus']['vocab_size'] / 64)
+        vocab_size = model_vocab_size(row.first.info['corpus']['vocab_size'])
         try:
             row.seconds = predicted_seconds(row.first.config, cluster, vocab_size=vocab_size)
         except ValueError as error:

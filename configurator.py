@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent
 DEFAULTS = ROOT / 'config' / 'defaults.py'
+RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]    # beside the dense control
 
 AT_LEAST_1 = (lambda value: value >= 1, 'at least 1')
 LAYERS = (lambda value: 1 <= value <= 1000, 'from 1 to 1000')
@@ -186,6 +187,11 @@ def communications(block_types, tp_size):
         return 0
     counts = [COMMUNICATIONS.get(name, 0) for name in block_types]
     return sum(counts) + 2 * (0 in counts)
+
+
+def model_vocab_size(tokens):
+    """The model's vocabulary: the tokenizer's, rounded up to a multiple of 64."""
+    return (tokens + 63) // 64 * 64
 
 
 def pattern(block_types):

@@ -263,16 +263,18 @@ class Cluster:
         sizes = dict(tp=tp_size, ddp=self.gpus // tp_size, all=self.gpus)
         links = {}
         for axis, n in sizes.items():
-            if n > 1 and nodes[axis] > 1:       # as many groups as this share a node's network
-                links[axis] = ring(n, self.latency_us * 1e-6, self.gbit * 1e9 / 8 / (self.gpus // n))
+            if n > 1 and nodes[axis] > 1:       # a node has n / nodes[axis] GPUs of each group
+                sharing = self.gpus * nodes[axis] // (self.nodes * n)
+                links[axis] = ring(n, self.latency_us * 1e-6, self.gbit * 1e9 / 8 / sharing)
             elif n > 1:
                 links[axis] = ring(n, self.node_latency_us * 1e-6, self.node_gbit * 1e9 / 8)
         return links
 
 
 def foresee(config, cluster, vocab_size=VOCAB_SIZE):
-    """(compute, messages) of a step, as predict() takes them; for the arguments see predicted_seconds()."""
-    config = SimpleNamespace(**(config if isinstance(config, dict) else vars(config)))
+    """(compute, messages) of a step of a config, a namespace of its keys, as predict() takes them."""
+    if cluster.gpus % config.tp_size:
+        raise ValueError(f'tp_size is {config.tp_size}, it must divide {cluster.gpus} GPUs')
     messages = design_messages(config, cluster.gpus // config.tp_size, vocab_size)
     with torch.device('meta'):
         flops_per_token = GPT(model_config_of(config, vocab_size)).flops_per_token()
@@ -295,9 +297,9 @@ def predicted_seconds(config, cluster, across=True, vocab_size=VOCAB_SIZE):
 
     Raises ValueError where the config makes no model or does not divide over the GPUs.
     """
-    keys = config if isinstance(config, dict) else vars(config)
-    links = cluster.links(keys['tp_size'], across)
-    return predict(*foresee(keys, cluster, vocab_size), links)
+    config = SimpleNamespace(**config) if isinstance(config, dict) else config
+    links = cluster.links(config.tp_size, across)
+    return predict(*foresee(config, cluster, vocab_size), links)
 
 
 def print_layout(rows, control, cluster, across):
@@ -330,6 +332,9 @@ def main(argv):
     paths = vars(options).pop('configs')
     configs = [load([path, *flags]) for path in paths] + [load([paths[0], *flags, '--block_types=tp'])]
     first = configs[0]
+    for config in configs:
+        if config.tp_size != first.tp_size:
+            config.refuse(f'tp_size is {config.tp_size}, but {first.tp_size} in {paths[0]}; they must agree')
     try:
         cluster = Cluster(**vars(options))
         *rows, control = [(config, *foresee(config, cluster)) for config in configs]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# all that wants a GPU, in one go on a fresh machine: speeds, profiles, and four runs of real text side by side.
+# all that wants a GPU, in one go on a fresh machine: speeds, profiles, and four runs of real text in turn.
 # what is finished is not done again, so that the same command goes on after an interruption.
 #
 #   ./gpu.sh                # one GPU, 124M, 350M and 774M: results in out/gpu
@@ -37,5 +37,5 @@ measure 350M config/train_350M.py config/train_350M_24comm.py config/train_350M_
 measure 774M config/train_774M.py config/train_774M_36comm.py config/train_774M_2comm.py
 
 "$python" sweep.py config/train_gpt2_{12,6,2}comm.py "${size[@]}" "${text[@]}" \
-    --max_iters="$steps" --seed=1 --wandb_log=False --log_drift=True --out="$out/runs"
-"$python" compare.py "$out/runs" --out="$out/compare"
+    --max_iters="$steps" --seed=1 --wandb_log=False --log_drift=True --out="$out/runs-$steps"
+"$python" compare.py "$out/runs-$steps" --out="$out/compare-$steps"

@@ -48,7 +48,7 @@ class Ranks(NamedTuple):
 
     @property
     def index(self):
-        """Of this process among them."""
+        """The place of this process among them, from 0."""
         return self.first // self.local
 
 
@@ -86,7 +86,7 @@ class FOp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):            # the hosted ranks' gradients arrive here already summed
-        for count in counts if ctx.in_stream else ():
+        for count in (counts if ctx.in_stream else ()):
             count.backward += 1
         if ctx.ranks.group is not None:
             message = grad.to(ctx.dtype, copy=True).contiguous()
@@ -98,7 +98,7 @@ class FOp(torch.autograd.Function):
 class GOp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, ranks, in_stream):
-        for count in counts if in_stream else ():
+        for count in (counts if in_stream else ()):
             count.forward += 1
         if ranks.group is None:
             return p.view_as(p)
@@ -257,7 +257,9 @@ class Stream(NamedTuple):
     def sync(self, partial=None):
         """A sync point: c <- c + sum_r (d_r + P_r), in one all-reduce, and the bias; d <- 0."""
         drift = None if self.d is None else self.d.sum(0)                       # partial (B, T, C)
-        message, bias = (drift, None) if partial is None else (plus(partial.summed(), drift), partial.bias())
+        message, bias = drift, None
+        if partial is not None:
+            message, bias = plus(partial.summed(), drift), partial.bias()
         c = self.c + g_op(message.to(compute_dtype(message)), self.ranks)
         return self.start(plus(c, enter(bias, self.ranks)), self.ranks)
 
@@ -558,8 +560,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """
-        Forward and backward, by PaLM's count (arXiv 2204.02311, appendix B): 6 for a weight of every matmul,
+        Forward and backward, by PaLM's count (arXiv 2204.02311, appendix B): 6 for each parameter but wpe's,
         and 12 n_layer n_embd T for attention, as if it were not causal. Every block type does the same work.
         """
-        matmul_weights = self.num_params() - self.transformer.wpe.weight.numel()
-        return 6 * matmul_weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        parameters = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * parameters + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size

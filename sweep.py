@@ -41,11 +41,9 @@ from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
-from configurator import HOUSEKEEPING, Config, differences, fail, load, pattern
+from configurator import HOUSEKEEPING, ROOT, RUNS, Config, differences, fail, load, pattern
 from runs import find_runs, read_info, read_metrics, recipe
 
-ROOT = Path(__file__).resolve().parent
-CONFIGS = [f'config/train_gpt2_{count}comm.py' for count in (24, 18, 16, 12, 8, 6, 2)]
 OWN = {'out_dir', 'wandb_run_name', 'init_from'}        # a run's place, which the sweep settles
 SHORT = {'seed': 'seed', 'tp_size': 'tp'}               # these go without '=' in a folder's name
 SIZE = ('dataset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
@@ -422,8 +420,9 @@ class Sweep:
 
     def to_do(self, run):
         """What is left of a run: in seconds where all paces are known, else in steps."""
-        seconds = [seconds_left(run, self.paces)] if self.paces else []
-        return seconds[0] if seconds else run.config.max_iters - latest(run).get('iter', 0)
+        if self.paces:
+            return seconds_left(run, self.paces)
+        return run.config.max_iters - latest(run).get('iter', 0)
 
     def short(self, run):
         """A run's name without what all names have in common."""
@@ -568,7 +567,8 @@ def parse_args(argv):
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
     parser.add_argument('--script', type=Path, default=ROOT / 'train.py',
                         help='what trains a run, with train.py\'s arguments; default: train.py')
-    parser.add_argument('--dry-run', action='store_true', help='show the plan and end')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='show the plan and how long it will take, and end')
     parser.error = lambda message: fail(f'{message}; see python sweep.py --help')
     args, flags = parser.parse_known_args(argv)
     if args.jobs < 1:
@@ -589,7 +589,7 @@ def show_plan(runs, jobs, machine):
 
 def main(argv):
     args, flags = parse_args(argv)
-    configs = args.configs or [os.path.relpath(ROOT / file) for file in CONFIGS]
+    configs = args.configs or [os.path.relpath(ROOT / file) for file in RUNS]
     runs = plan(configs, args.withs, parse_grid(flags), args.out)
     gpus = find_gpus() if any(run.config.device == 'cuda' for run in runs) else []
     cores = find_cores()

@@ -15,12 +15,11 @@ from functools import cache
 import pytest
 import torch
 
-from configurator import ROOT, communications, fail, load, pattern
+from configurator import ROOT, RUNS, communications, fail, load, pattern
 from model import GPT, count_all_reduces
 from train import model_config_of
 
-RUNS = [f'config/train_gpt2{name}.py'
-        for name in ('', '_24comm', '_18comm', '_16comm', '_12comm', '_8comm', '_6comm', '_2comm')]
+EIGHT = ['config/train_gpt2.py', *RUNS]
 SIZES = {'124M': 125e6, '350M': 355e6, '774M': 774e6}     # parameters: the guide's, GPT-2 medium's, large's
 VOCAB_SIZE = 50304                      # GPT-2's 50,257 rounded up to a multiple of 64
 MAY_DIFFER = {'out_dir', 'wandb_run_name', 'block_types'}
@@ -85,16 +84,16 @@ CHECKS = {'All configs load correctly': check_loads, 'Models have ~125M paramete
 
 
 @pytest.mark.parametrize('check', CHECKS.values(), ids=lambda check: check.__name__)
-@pytest.mark.parametrize('path', RUNS)
+@pytest.mark.parametrize('path', EIGHT)
 def test_guide(check, path):
     check(path)
 
 
-@pytest.mark.parametrize('path', RUNS)
+@pytest.mark.parametrize('path', EIGHT)
 def test_runs_differ_only_in_blocks(path):
     ours, baseline = (vars(load([str(ROOT / name)])) for name in (path, 'config/train_gpt2_24comm.py'))
     differing = {key for key in ours if ours[key] != baseline[key]}
-    dense_control = path == RUNS[0]
+    dense_control = path == EIGHT[0]
     assert differing <= (MAY_DIFFER | {'tp_size'} if dense_control else MAY_DIFFER)
     assert dense_control == (ours['tp_size'] == 1)
 
@@ -108,9 +107,9 @@ def failure(check, path):
 
 
 def main(argv):
-    runs = RUNS
+    runs = EIGHT
     if argv == ['--all']:
-        runs = RUNS + sorted({f'config/{p.name}' for p in ROOT.glob('config/train_*.py')} - set(RUNS))
+        runs = EIGHT + sorted({f'config/{p.name}' for p in ROOT.glob('config/train_*.py')} - set(EIGHT))
     elif argv:
         fail(f'{" ".join(argv)}: the pre-flight takes --all or nothing')
     chance = f'{math.log(VOCAB_SIZE):.3f}'

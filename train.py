@@ -1,10 +1,10 @@
 """
-Trains one run of the experiment, in one process or over several data-parallel ones.
+Trains one run of the experiment, in one process or over several: data-parallel, with --shard=True
+tensor-parallel too.
 
     python train.py config/train_gpt2_12comm.py config/cpu.py
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_12comm.py --max_iters=20000
-    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train.py
-    ...
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=HOST --master_port=29500 train.py ...
 
 `python train.py --help` lists every key. The run's folder gets metrics.jsonl, run.json and checkpoints; the
 batches of a step follow from (seed, step) alone, so that runs differ in nothing but what their configs say.
@@ -25,10 +25,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
-from configurator import communications, differences, fail, load
+from configurator import ROOT, communications, differences, fail, load, model_vocab_size
 
 if __name__ == '__main__':
     load(sys.argv[1:])                  # --help and mistakes are told before torch is loaded
@@ -47,12 +46,10 @@ from logger import Log, finite
 from model import GPT, GPTConfig, Ranks, count_all_reduces, join_shards, take_shard
 
 RESUMABLE = 75                          # EX_TEMPFAIL: stopped by a signal, saved, to be continued
-ROOT = Path(__file__).resolve().parent
 
 signals = []                            # those received that ask the run to save and leave
 
-# dense bf16 and fp16 peak in FLOP/s, from the makers' data sheets; the first name found in the device's
-# counts
+# dense bf16 and fp16 peaks in FLOP/s, from the makers' data sheets; the first name found in a device's counts
 PEAK_FLOPS = {
     'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'H20': 148e12, 'B200': 2250e12, 'A100': 312e12,
     'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12,
@@ -227,7 +224,7 @@ def claim(config):
         checkpoint.lock(out_dir)
     except OSError as error:
         raise ValueError(f'out_dir is {out_dir}, which cannot be written: {error.strerror}') from error
-    info, saved = checkpoint.read_run(f'{out_dir}/run.json'), checkpoint.exists(out_dir)
+    info, saved = checkpoint.read_info(f'{out_dir}/run.json'), checkpoint.exists(out_dir)
     changed = differences(info['config'], vars(config)) if info else {}
     finished = info is not None and info['state'] == 'finished'
     if finished and not changed:
@@ -291,8 +288,8 @@ def model_config_of(config, vocab_size):
 
 
 def observe_all_reduces(model):
-    """What f_op and g_op do in one pass over two tokens, eagerly: AllReduces."""
-    idx = torch.zeros(1, 2, dtype=torch.long)
+    """What f_op and g_op do in one pass over one token, eagerly: AllReduces."""
+    idx = torch.zeros(1, 1, dtype=torch.long)
     with count_all_reduces() as observed:
         model(idx, idx)[1].backward()
     model.zero_grad(set_to_none=True)
@@ -306,7 +303,7 @@ def autocast(config, place):
 
 def compiled(model, micro_batch, config, place, say):
     """
-    The model under torch.compile, tried on an empty micro-batch; where that fails, the model itself and a
+    The model under torch.compile, tried on a micro-batch of zeros; where that fails, the model itself and a
     line why.
     """
     try:
@@ -382,9 +379,9 @@ def train_step(net, batches, lr, config, place, stopping=False):
     norm = net.raw.gradient_norm()
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(net.raw.parameters(), config.grad_clip, norm)
-    report = torch.stack((loss, torch.tensor(float(stopping), device=place.device)))
-    report = torch.cat((total(report, place), norm.view(1))).tolist()
-    loss, stopping, norm = report[0] / place.processes, report[1] > 0, report[2]
+    summed = total(torch.stack((loss, loss.new_tensor(float(stopping)))), place)
+    loss, stopping, norm = torch.cat((summed, norm.view(1))).tolist()
+    loss, stopping = loss / place.processes, stopping > 0
     if math.isfinite(loss) and math.isfinite(norm):
         for group in net.optimizer.param_groups:
             group['lr'] = lr
@@ -601,8 +598,8 @@ class Run:
         now.iter += 1
         self.timed.append(time.perf_counter() - began)
         now.seconds += self.timed[-1]
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        self.failures, now.skipped = (0, now.skipped) if finite else (self.failures + 1, now.skipped + 1)
+        self.failures = 0 if math.isfinite(loss) and math.isfinite(norm) else self.failures + 1
+        now.skipped += self.failures > 0
         if now.iter % config.log_interval == 0 or now.iter == config.max_iters:
             self.log_step(loss, norm, lr)
         if self.failures:
@@ -703,13 +700,13 @@ class Run:
                 self.log.say(f'warning: run.json does not say that the run is {state}: {error}')
 
 
-def fail_of_memory(config):
+def fail_of_memory(config, micro_batch):
     """One line with the flags that keep a step's windows and take about two thirds of the memory, or less."""
     windows = config.batch_size * config.gradient_accumulation_steps
-    sizes = range(1, max(2, config.batch_size * 2 // 3 + 1))
+    sizes = range(1, max(2, micro_batch * 2 // 3 + 1))
     size = max(n for n in sizes if windows % n == 0)
-    if config.batch_size == 1:
-        fail('out of GPU memory with --batch_size=1; --block_size or the model has to be smaller')
+    if micro_batch == 1:
+        fail('out of GPU memory with one window at a time; --block_size or the model has to be smaller')
     fail(f'out of GPU memory; --batch_size={size} --gradient_accumulation_steps={windows // size} keeps the '
          'batch and takes less')
 
@@ -749,8 +746,7 @@ def main(argv):
     place = find_place(config)
     try:
         corpus = open_corpus(config.dataset)
-        vocab_size = math.ceil(corpus.vocab_size / 64) * 64
-        model_config = model_config_of(config, vocab_size)
+        model_config = model_config_of(config, model_vocab_size(corpus.vocab_size))
         windows = config.batch_size * config.gradient_accumulation_steps
         loader = TrainLoader(corpus.train, config.block_size, windows, config.seed, place.ddp_rank,
                              place.ddp_size, config.batch_size, place.device)
@@ -759,7 +755,7 @@ def main(argv):
     try:
         status = run_here(config, place, corpus, loader, model_config)
     except torch.OutOfMemoryError:
-        fail_of_memory(config)
+        fail_of_memory(config, loader.micro_batch)
     except RuntimeError as error:
         if place.processes == 1 or not re.search('peer|timed out|connection|socket', str(error), re.I):
             raise

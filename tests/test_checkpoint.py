@@ -284,7 +284,7 @@ def test_code_in_a_json_file_is_text(finished, tmp_path):
         return [everywhere(item) for item in value] if isinstance(value, list) else code
 
     folder = Path(shutil.copytree(finished, tmp_path / 'copy'))
-    info = checkpoint.read_run(folder / 'run.json')
+    info = checkpoint.read_info(folder / 'run.json')
     checkpoint.write_json(folder / 'run.json', info | dict(config=everywhere(info['config']), name=code))
     assert 'holds another run' in run(folder, *DROPOUT, '--max_iters=3')
     data = tmp_path / 'data/pystdlib'

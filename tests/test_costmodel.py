@@ -72,6 +72,17 @@ def test_groups_inside_a_node_leave_its_network_to_the_average():
     assert links['ddp'] == pytest.approx((2 * 1e-4, 1e9 / 4))           # four pairs over one network
 
 
+def test_a_nodes_network_is_shared_by_the_groups_on_it_where_there_are_more_nodes_than_ranks():
+    links = Cluster(gbit=8, latency_us=100, nodes=4, gpus=8).links(tp_size=2, across=True)
+    assert links['tp'] == pytest.approx((2 * 100e-6, 1e9 / 2))     # each node has a rank of two groups
+    assert links['ddp'] == pytest.approx((2 * 3 * 100e-6, 1e9 * 4 / 6))     # and two of one data-parallel group
+
+
+def test_a_tp_size_that_does_not_divide_the_gpus_is_refused():
+    with pytest.raises(ValueError, match='must divide 8 GPUs'):
+        costmodel.foresee(load(['config/train_gpt2_12comm.py', '--tp_size=12']), Cluster(gbit=1))
+
+
 @pytest.mark.parametrize('change, words', [
     (dict(gbit=0), 'gbit is 0'), (dict(gpus=7), 'gpus is 7'), (dict(latency_us=float('nan')), 'latency_us'),
 ])
