@@ -75,7 +75,7 @@ def test_groups_inside_a_node_leave_its_network_to_the_average():
 def test_a_nodes_network_is_shared_by_the_groups_on_it_where_there_are_more_nodes_than_ranks():
     links = Cluster(gbit=8, latency_us=100, nodes=4, gpus=8).links(tp_size=2, across=True)
     assert links['tp'] == pytest.approx((2 * 100e-6, 1e9 / 2))     # each node has a rank of two groups
-    assert links['ddp'] == pytest.approx((2 * 3 * 100e-6, 1e9 * 4 / 6))     # and two of one data-parallel group
+    assert links['ddp'] == pytest.approx((2 * 3 * 100e-6, 1e9 * 4 / 6))    # and two of one ddp group
 
 
 def test_a_tp_size_that_does_not_divide_the_gpus_is_refused():
