@@ -104,6 +104,8 @@ class Log:
         Opens the W&B run, or goes on with the one of that id. Without a key it runs offline and never asks.
         """
         os.environ.setdefault('WANDB_SILENT', 'true')
+        # its service starts slowly on a busy machine, and W&B would give up after 30 s, for the whole run
+        os.environ.setdefault('WANDB_X_SERVICE_WAIT', '300')
         try:
             import wandb
             mode = None                 # W&B's own choice

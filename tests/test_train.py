@@ -880,7 +880,6 @@ def wandb_history(path):
 def test_wandb_offline_has_every_step_under_one_id_across_a_resume(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_CONSOLE', 'off')
-    monkeypatch.setenv('WANDB_X_SERVICE_WAIT', '300')       # on a busy machine its 30 s may be too few
     stop_at(monkeypatch, 16, lambda: train.signals.append(signal.SIGTERM))
     assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=25') == 75
     time.sleep(1)                           # W&B names its folders by the second
@@ -899,8 +898,7 @@ def test_wandb_offline_has_every_step_under_one_id_across_a_resume(tmp_path, mon
 
 def test_wandb_without_a_key_warns_once_and_keeps_the_run_offline(tmp_path):
     (tmp_path / 'home').mkdir()
-    settings = dict(HOME=str(tmp_path / 'home'), WANDB_API_KEY='', NETRC='', WANDB_CONFIG_DIR='',
-                    WANDB_X_SERVICE_WAIT='300')
+    settings = dict(HOME=str(tmp_path / 'home'), WANDB_API_KEY='', NETRC='', WANDB_CONFIG_DIR='')
     process = start(tmp_path / 'out', *TINY, '--wandb_log=True', '--max_iters=3', **settings)
     out, err = process.communicate(timeout=360)
     assert process.returncode == 0, err
