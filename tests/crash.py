@@ -20,7 +20,6 @@ import contextlib
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
 import train  # noqa: E402
-from test_train import ROOT, TINY, assert_same_run, info, metrics  # noqa: E402
+from test_train import ROOT, TINY, assert_same_run, info  # noqa: E402
 
 INTERVAL = 8                            # updates between checkpoints
 KINDS = {'kill': 'SIGKILL', 'term': 'SIGTERM', 'two': 'SIGKILL of one of two processes',

@@ -16,7 +16,6 @@ from scipy.stats import linregress, t, ttest_1samp, ttest_rel
 import answers
 import compare
 import plots
-import report
 import runs
 from configurator import communications, load, pattern
 from logger import CHARTS, TRACKED
