@@ -13,12 +13,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import train  # noqa: E402
-from configurator import ROOT, RUNS, load, read_file  # noqa: E402
+from configurator import ROOT, RUNS, load  # noqa: E402
 from costmodel import by_kind, design_messages, observe_step  # noqa: E402
 from model import GPT, join_shards  # noqa: E402
 
 B, T, C, V, STEPS = 2, 5, 16, 29, 20    # no tp_size divides V; so the vocabulary shards are uneven
-LAYERS = 6                              # every config's pattern at least twice, at half of its cost
 
 
 def network(config, ranks, ddp_group, place, dtype):
@@ -90,13 +89,10 @@ def check_config(config, expected, *args):
 
 
 def main(tp_size):
-    shape = [f'--n_embd={C}', '--n_head=4', f'--n_layer={LAYERS}', f'--block_size={T}', f'--batch_size={B}',
+    shape = [f'--n_embd={C}', '--n_head=4', f'--block_size={T}', f'--batch_size={B}',
              f'--tp_size={tp_size}', '--grad_clip=0.1', '--shard=True']
-    configs = []
-    for path in (str(ROOT / name) for name in RUNS):
-        blocks = f'--block_types={read_file(path)["block_types"][:LAYERS]}'
-        configs += [load([path, str(ROOT / 'config/cpu.py'), *shape, blocks, f'--bias={bias}'])
-                    for bias in (False, True)]
+    configs = [load([str(ROOT / path), str(ROOT / 'config/cpu.py'), *shape, f'--bias={bias}'])
+               for path in RUNS for bias in (False, True)]
     place = train.find_place(configs[0])
     ranks, ddp_group = train.connect(configs[0], place)
     for config in configs:              # where a step accumulates, each process has two micro-batches
