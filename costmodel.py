@@ -40,7 +40,7 @@ from dataloader import TrainLoader
 from model import GPT, GPTConfig, Ranks, count_all_reduces, sharding
 from train import model_config_of, observe_all_reduces
 
-VOCAB_SIZE = 50304
+VOCAB_SIZE = GPTConfig.vocab_size
 SIZES = [2**k for k in range(10, 26)]   # bytes, of a sweep's messages: 1 KiB to 32 MiB
 
 # what an all-reduce of a step is for, and whose: a tensor-parallel group's, a data-parallel one's, everyone's

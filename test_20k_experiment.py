@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from configurator import ROOT, RUNS, communications, fail, load, pattern
-from model import GPT, count_all_reduces
+from model import GPT, GPTConfig, count_all_reduces
 from train import model_config_of
 
 EIGHT = ['config/train_gpt2.py', *RUNS]
 SIZES = {'124M': 125e6, '350M': 355e6, '774M': 774e6}     # parameters: the guide's, GPT-2 medium's, large's
-VOCAB_SIZE = 50304                      # GPT-2's 50,257 rounded up to a multiple of 64
+VOCAB_SIZE = GPTConfig.vocab_size
 MAY_DIFFER = {'out_dir', 'wandb_run_name', 'block_types'}
 
 
