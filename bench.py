@@ -5,6 +5,7 @@ How fast a training step is, config by config: as ratios to the dense control, o
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
     torchrun --standalone --nproc_per_node=8 bench.py --shard --tp_size=2
     python bench.py --input --device=cpu
+    python bench.py --kept --device=cpu --batch_size=12 --block_size=1024
 
 A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens a data-parallel
 process. The configs take turns within each round, so that whatever else the machine does meets all of them.
@@ -14,7 +15,8 @@ With --shard each process hosts one tensor-parallel rank, and ratios are to 24co
 control in such a run. Every config's step is measured with its network and without: alone, a process reduces
 over a group of itself. What a step takes more than that is its time in collectives, waits for late peers
 included. A sweep of all-reduces measures the links, and what costmodel.py predicts stands beside what was
-measured. --input measures the reading of a step's windows in place of the step. The last line is JSON.
+measured. --input measures the reading of a step's windows in place of the step, and --kept the memory that
+a step's forward pass leaves for its backward pass. The last line is JSON.
 """
 
 import argparse
@@ -27,6 +29,43 @@ import tempfile
 import time
 from pathlib import Path
 
+from configurator import RUNS, communications, fail, load
+
+
+def parse(argv):
+    """(options, flags): what the command line says to this script, and what to the configs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog='Any other --key=value is a key of the runs; see train.py --help.')
+    parser.error = fail
+    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs, beside the control')
+    parser.add_argument('--with', dest='also', metavar='FILE', action='append', default=[],
+                        help='a config file composed after each; may be repeated')
+    parser.add_argument('--rounds', type=int, default=25, help='timed steps of each config')
+    parser.add_argument('--vocab_size', type=int, help="of the model; GPT-2's where not given")
+    parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
+    parser.add_argument('--profile', type=Path, metavar='FOLDER', help='write where the time goes to there')
+    parser.add_argument('--input', action='store_true', help='measure the reading of windows instead')
+    parser.add_argument('--kept', action='store_true', help='measure what a forward pass keeps instead')
+    parser.add_argument('--shard', action='store_true', help='one tensor-parallel rank a process')
+    parser.add_argument('--gbit', type=float, help='sharded: predict for a link of so many Gbit/s, too')
+    parser.add_argument('--latency_us', type=float, default=30.0, help='of a message over that link')
+    options, flags = parser.parse_known_intermixed_args(argv)
+    if options.rounds < 6:
+        fail(f'--rounds={options.rounds}: a 95% interval of a median needs at least 6')
+    if options.gbit is not None and not (options.gbit > 0 and options.latency_us >= 0):
+        fail(f'--gbit={options.gbit:g} --latency_us={options.latency_us:g}: no link is like that')
+    alone = [name for name in ('textbook', 'profile', 'input', 'kept') if getattr(options, name)]
+    if options.shard and alone:
+        fail(f'--{alone[0]} is for one process; leave out --shard')
+    if options.input and options.kept:
+        fail('--input and --kept are two measurements; choose one')
+    return options, flags
+
+
+if __name__ == '__main__':
+    parse(sys.argv[1:])                 # --help and mistakes are told before torch is loaded
+
 import torch
 import torch._dynamo
 import torch.distributed as dist
@@ -34,12 +73,12 @@ import torch.nn.functional as F
 from scipy import stats
 
 import costmodel
-from configurator import RUNS, communications, fail, load
 from corpus import Tokens
 from dataloader import TrainLoader
 from model import GPT
 from train import (
-    Network, Place, autocast, connect, disconnect, find_place, model_config_of, peak_flops, train_step)
+    Network, Place, autocast, connect, disconnect, find_place, keep_freed_memory, model_config_of, peak_flops,
+    train_step)
 
 CONTROL, SHARDED_CONTROL = 'config/train_gpt2.py', 'config/train_gpt2_24comm.py'
 WARMUP = 3                              # rounds before the timed ones
@@ -84,7 +123,10 @@ class Candidate:
 
 
 class Textbook(Candidate):
-    """The dense control as a textbook writes it: all logits, then the cross-entropy; AdamW as it comes."""
+    """
+    The dense control as a textbook writes it: all logits, then the cross-entropy; AdamW as it comes, and the
+    C library too.
+    """
 
     def prepare(self, model, ddp_group):
         self.name = 'textbook'
@@ -100,6 +142,16 @@ class Textbook(Candidate):
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def time_step(self):
+        if self.place.device.type != 'cpu':
+            return super().time_step()
+        # a step settles what the library holds under its own rules, another what the next candidate finds
+        keep_freed_memory(False)
+        self.step()
+        super().time_step()
+        keep_freed_memory()
+        self.step()
 
 
 def take_turns(candidates, rounds):
@@ -200,6 +252,55 @@ def bench_input(config, options):
     print(json.dumps(dict(seconds=median, low=low, high=high, share=median / step_seconds, grown_mib=grown)))
 
 
+def kept_tensors(model, windows, config, place):
+    """The tensors, one a storage, that a forward pass of so many windows keeps, the parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    torch._dynamo.reset()               # or the second batch size would get a graph for any size
+    fast = torch.compile(model) if config.compile else model
+    idx = torch.zeros(windows, config.block_size, dtype=torch.long, device=place.device)
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with autocast(config, place):
+        fast(idx, idx)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            fast(idx, idx)
+    return list(kept.values())
+
+
+def bench_kept(configs, options):
+    """
+    Prints what a micro-batch's forward pass keeps for its backward pass, beside the parameters with their
+    gradients and AdamW's two moments, and the float32 tensors of (B, T, V) among it. One window and two are
+    run: what a window keeps, every further one keeps.
+    """
+    place, rows = find_place(configs[0]), []
+    for config in configs:
+        torch.manual_seed(config.seed)
+        model = GPT(model_config_of(config, options.vocab_size)).to(place.device)
+        one, two = (kept_tensors(model, windows, config, place) for windows in (1, 2))
+        sizes = [sum(tensor.untyped_storage().nbytes() for tensor in tensors) for tensors in (one, two)]
+        logits = [tensor for tensor in one if tensor.dtype == torch.float32
+                  and tensor.numel() >= config.block_size * options.vocab_size]
+        kept = sizes[0] + (sizes[1] - sizes[0]) * (config.batch_size - 1)
+        state = 4 * sum(p.nbytes for p in model.parameters())
+        rows.append(dict(name=config.wandb_run_name, tp_size=config.tp_size, kept_gib=kept / 2**30,
+                         step_gib=(kept + state) / 2**30, float32_logits=len(logits)))
+    print(f'{config.dtype}, {"compiled" if config.compile else "eager"}, batch {config.batch_size} x '
+          f'{config.block_size}, n_embd {config.n_embd}, tp_size {config.tp_size}, torch {torch.__version__}')
+    print(f'{"config":28} {"kept, GiB":>10} {"with state":>11} {"ratio to dense":>15} {"float32 logits":>15}')
+    for row in rows:
+        row['ratio'] = row['step_gib'] / rows[0]['step_gib']
+        print(f'{row["name"]:28} {row["kept_gib"]:10.3f} {row["step_gib"]:11.3f} {row["ratio"]:15.3f} '
+              f'{row["float32_logits"]:15}')
+    print(json.dumps(rows))
+
+
 def peak_resident():
     """The most memory that this process has had, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -288,28 +389,9 @@ def bench_sharded(configs, options):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog='Any other --key=value is a key of the runs; see train.py --help.')
-    parser.error = fail
-    parser.add_argument('configs', nargs='*', default=RUNS, help='run configs, beside the control')
-    parser.add_argument('--with', dest='also', metavar='FILE', action='append', default=[],
-                        help='a config file composed after each; may be repeated')
-    parser.add_argument('--rounds', type=int, default=25, help='timed steps of each config')
-    parser.add_argument('--vocab_size', type=int, default=costmodel.VOCAB_SIZE, help='of the model')
-    parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
-    parser.add_argument('--profile', type=Path, metavar='FOLDER', help='write where the time goes to there')
-    parser.add_argument('--input', action='store_true', help='measure the reading of windows instead')
-    parser.add_argument('--shard', action='store_true', help='one tensor-parallel rank a process')
-    parser.add_argument('--gbit', type=float, help='sharded: predict for a link of so many Gbit/s, too')
-    parser.add_argument('--latency_us', type=float, default=30.0, help='of a message over that link')
-    options, flags = parser.parse_known_intermixed_args(argv)
-    if options.rounds < 6:
-        fail(f'--rounds={options.rounds}: a 95% interval of a median needs at least 6')
-    if options.gbit is not None and not (options.gbit > 0 and options.latency_us >= 0):
-        fail(f'--gbit={options.gbit:g} --latency_us={options.latency_us:g}: no link is like that')
-    if options.shard and (options.textbook or options.profile):
-        fail('--textbook and --profile are for one process; leave out --shard')
+    options, flags = parse(argv)
+    if options.vocab_size is None:
+        options.vocab_size = costmodel.VOCAB_SIZE
     # compiled, every config is one more graph of one function; torch keeps 8, and would run the rest eagerly
     torch._dynamo.config.recompile_limit = 1000
     control = SHARDED_CONTROL if options.shard else CONTROL
@@ -327,6 +409,8 @@ def main(argv):
             config.refuse(str(error))
     if options.input:
         bench_input(configs[0], options)
+    elif options.kept:
+        bench_kept(configs, options)
     else:
         (bench_sharded if options.shard else bench_simulated)(configs, options)
 

@@ -25,7 +25,9 @@ from typing import Callable, NamedTuple
 import numpy as np
 import tiktoken
 
-DATA_DIR = Path(__file__).resolve().parent / 'data'
+from configurator import ROOT, fail
+
+DATA_DIR = ROOT / 'data'
 EOT = '<|endoftext|>'
 VOCAB_SIZES = {'byte': 257, 'gpt2': 50257}
 TOKEN = np.dtype('<u2')
@@ -380,7 +382,6 @@ def plainly(main):
     try:
         main()
     except (OSError, ValueError) as error:
-        where = f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else str(error)
-        raise SystemExit(' '.join(where.split())) from None
+        fail(f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else str(error))
     except KeyboardInterrupt:
         raise SystemExit('stopped; the same command goes on from what is finished') from None

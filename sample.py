@@ -13,12 +13,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
-import checkpoint
 from configurator import fail
-from corpus import load_tokenizer
-from model import GPT, GPTConfig
 
 
 def parse(argv):
@@ -32,7 +27,7 @@ def parse(argv):
     parser.add_argument('--temperature', type=float, default=0.8, help='below 1 is more cautious')
     parser.add_argument('--top_k', type=int, default=200, help='only the k likeliest tokens; 0 for all')
     parser.add_argument('--seed', type=int, default=1337)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', help='cuda where there is one, else cpu')
     parser.error = lambda message: fail(f'{message}; see python sample.py --help')
     options = parser.parse_args(argv)
     for key, fits, wanted in (('temperature', 0 < options.temperature < math.inf, 'above 0'),
@@ -42,11 +37,26 @@ def parse(argv):
                               ('seed', 0 <= options.seed < 2**63, 'at least 0 and below 2**63')):
         if not fits:
             fail(f'--{key}={getattr(options, key)}: it must be {wanted}')
-    try:
-        torch.zeros(1, device=options.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        fail(f'--device={options.device}: this machine or this torch does not have it; try --device=cpu')
     return options
+
+
+if __name__ == '__main__':
+    parse(sys.argv[1:])                 # --help and mistakes are told before torch is loaded
+
+import torch
+
+import checkpoint
+from corpus import load_tokenizer
+from model import GPT, GPTConfig
+
+
+def find_device(name):
+    """The torch.device of that name; by default a GPU where there is one."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f'--device={name}: this machine or this torch does not have it; try --device=cpu')
 
 
 def load_model(path, device):
@@ -63,8 +73,9 @@ def load_model(path, device):
 
 def main(argv):
     options = parse(argv)
+    device = find_device(options.device)
     try:
-        model, meta = load_model(Path(options.out_dir) / options.checkpoint, options.device)
+        model, meta = load_model(Path(options.out_dir) / options.checkpoint, device)
         tokenizer = load_tokenizer(meta)
         start = options.start
         if start.startswith('FILE:'):
@@ -77,7 +88,7 @@ def main(argv):
     if not prompt:
         fail('--start is empty; the model needs a token to go on from')
     torch.manual_seed(options.seed)
-    idx = torch.tensor([prompt] * options.num_samples, device=options.device)               # (B, T)
+    idx = torch.tensor([prompt] * options.num_samples, device=device)                       # (B, T)
     idx = model.generate(idx, options.max_new_tokens, options.temperature, options.top_k or None)
     for tokens in idx.tolist():
         # the model's vocabulary is rounded up: what lies beyond the tokenizer's has no text

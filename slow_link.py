@@ -26,9 +26,8 @@ from pathlib import Path
 from select import select
 from threading import Thread
 
-from configurator import fail
+from configurator import ROOT, fail
 
-ROOT = Path(__file__).resolve().parent
 ADDRESSES = '10.77.0.1', '10.77.0.2'
 MTU = 9000                              # bytes
 CLONE_NEWNET = 0x40000000               # linux/sched.h

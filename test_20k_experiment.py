@@ -108,6 +108,8 @@ def failure(check, path):
 
 def main(argv):
     runs = EIGHT
+    if argv in (['--help'], ['-h']):
+        return print(__doc__)
     if argv == ['--all']:
         runs = EIGHT + sorted({f'config/{p.name}' for p in ROOT.glob('config/train_*.py')} - set(EIGHT))
     elif argv:

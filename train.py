@@ -116,16 +116,17 @@ def tensor_parallel_groups(config, processes):
     return torch.arange(processes).view(nodes // size, size, -1).transpose(1, 2).reshape(-1, size).tolist()
 
 
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """
     Has the C library keep the memory that a step frees for the next step. glibc would give large blocks back
     to the kernel, and each of their pages faults when it is next touched, which can take as long as the
-    step's arithmetic.
+    step's arithmetic. With keep=False it does so again, by the thresholds that glibc comes to by itself.
     """
-    libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4      # malloc.h
+    libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -3, -4    # malloc.h
     if hasattr(libc, 'mallopt'):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)                              # never
+        libc.mallopt(M_MMAP_MAX, 0 if keep else 65536)
+        libc.mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 * 2**20)                          # -1: never
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
 
 
 def find_place(config):

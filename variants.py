@@ -11,8 +11,12 @@ train.py with block types that the experiment asks about and the model does not 
 
 import sys
 
+from configurator import COMMUNICATIONS, load
+
+if __name__ == '__main__':
+    load(sys.argv[1:])                  # --help and mistakes are told before torch is loaded
+
 import train
-from configurator import COMMUNICATIONS
 from model import BLOCKS, Block, ParallelBlock, SPDBlock, Stream, TPBlock
 
 

@@ -16,8 +16,10 @@ import pytest
 
 import bench
 import slow_link
-from configurator import ROOT
+from configurator import ROOT, load
 from costmodel import KINDS, Link, ring
+from model import GPT
+from train import find_place, model_config_of
 
 TINY = ['--with', 'config/cpu.py', '--n_embd=16', '--block_size=8', '--batch_size=2', '--vocab_size=64',
         '--rounds=6']
@@ -76,12 +78,29 @@ def test_a_simulated_bench_measures_the_dense_control_first():
     assert all(row['tokens_per_sec'] == pytest.approx(16 / row['step_seconds']) for row in rows)
 
 
+def test_what_a_step_keeps_grows_by_the_same_with_every_window(capsys):
+    """Three windows are foretold from one and two; here they are run as well."""
+    path, shape = 'config/train_gpt2_8comm.py', ['--tp_size=4', '--n_head=4', '--batch_size=3']
+    bench.main([path, '--kept', *TINY, *shape, '--vocab_size=320'])
+    dense, drifted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    config = load([path, 'config/cpu.py', *TINY[2:-2], *shape])
+    model = GPT(model_config_of(config, vocab_size=320))
+    kept = sum(tensor.untyped_storage().nbytes()
+               for tensor in bench.kept_tensors(model, 3, config, find_place(config)))
+    assert drifted['kept_gib'] == kept / 2**30
+    assert drifted['step_gib'] == (kept + 16 * model.num_params()) / 2**30
+    assert dense['kept_gib'] < drifted['kept_gib'] and drifted['ratio'] > dense['ratio'] == 1
+    assert dense['float32_logits'] == drifted['float32_logits'] == 1       # eagerly, they are kept
+
+
 @pytest.mark.parametrize('flags, environment, words', [
     (['--rounds=5'], {}, '--rounds=5'),
     (['--rounds=many'], {}, 'many'),
     (['--shard'], {}, 'multiple of tp_size'),
     (['--shard', '--tp_size=1'], {}, '--shard needs more processes'),
     (['--shard', '--textbook'], {}, '--textbook'),
+    (['--shard', '--kept'], {}, '--kept'),
+    (['--input', '--kept'], {}, 'choose one'),
     (['--shard', 'config/train_gpt2.py'], dict(WORLD_SIZE='2'), 'tp_size is 1, but 2'),
     ([], dict(WORLD_SIZE='2'), 'add --shard'),
     (['--shard', '--gbit=-1'], {}, '--gbit=-1'),
