@@ -32,6 +32,7 @@ GOALS = (('Key question 1: below 3.35 with 12 communications?', 12, 3.35),
          ('Dream goal: below 3.30 with 6 communications?', 6, 3.30))
 UNANSWERED = 'Not answerable from these runs'
 
+
 def by_note(rows):
     """The rows apart by what --mix mixed: {note: rows}."""
     apart = {}

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from pathlib import Path
 from select import select
 from threading import Thread
 
