@@ -180,12 +180,17 @@ def result(candidate, control):
                 high=high, mfu=mfu, peak_memory_gib=candidate.memory)
 
 
+def case(config):
+    """What the configs of a bench have in common, in words."""
+    return (f'{config.dtype}, {"compiled" if config.compile else "eager"}, '
+            f'batch {config.batch_size} x {config.block_size}, n_embd {config.n_embd}, '
+            f'tp_size {config.tp_size}, torch {torch.__version__}')
+
+
 def print_results(results, config, place, control, rounds):
-    """The table that every bench has. config: one that was measured; control: what ratios are to."""
-    print(f'{place.processes} x {place.device_name}, {config.dtype}, '
-          f'{"compiled" if config.compile else "eager"}, batch {config.batch_size} x {config.block_size}, '
-          f'n_embd {config.n_embd}, tp_size {config.tp_size}, torch {torch.__version__}, '
-          f'{torch.get_num_threads()} threads, {rounds} rounds')
+    """The table of the benches of a step. config: one that was measured; control: what ratios are to."""
+    print(f'{place.processes} x {place.device_name}, {case(config)}, {torch.get_num_threads()} threads, '
+          f'{rounds} rounds')
     print(f'{"config":28} {"ms a step":>10} {"tokens/s":>10} {"ratio to " + control:>15} '
           f'{"95% interval":>15} {"MFU":>6} {"GiB":>6}')
     for row in results:
@@ -291,8 +296,7 @@ def bench_kept(configs, options):
         state = 4 * sum(p.nbytes for p in model.parameters())
         rows.append(dict(name=config.wandb_run_name, tp_size=config.tp_size, kept_gib=kept / 2**30,
                          step_gib=(kept + state) / 2**30, float32_logits=len(logits)))
-    print(f'{config.dtype}, {"compiled" if config.compile else "eager"}, batch {config.batch_size} x '
-          f'{config.block_size}, n_embd {config.n_embd}, tp_size {config.tp_size}, torch {torch.__version__}')
+    print(case(config))
     print(f'{"config":28} {"kept, GiB":>10} {"with state":>11} {"ratio to dense":>15} {"float32 logits":>15}')
     for row in rows:
         row['ratio'] = row['step_gib'] / rows[0]['step_gib']
