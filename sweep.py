@@ -19,7 +19,7 @@ The same command continues a sweep that was stopped or killed: finished runs are
 failed ones go on from their last checkpoint, and those that another process is training now are left to it.
 When a sweep ends for whatever reason, its runs save and end. Each run's output is in its folder's log.txt.
 Where there are GPUs, runs are started by torchrun on all of them. With --jobs each run gets an equal share of
-the GPUs and cores, and is pinned to it.
+the GPUs and cores, and is pinned to it; of more jobs than there are GPUs, several train on one.
 """
 
 import argparse
@@ -212,16 +212,14 @@ class Share:
 
 
 def shares(jobs, gpus, cores):
-    """The Share of each of so many jobs at a time."""
-    if gpus and jobs > len(gpus):
-        fail(f'--jobs={jobs}: there are {len(gpus)} GPUs, and a run needs one at least')
+    """The Share of each of so many jobs at a time: things are dealt out, or shared where there are fewer."""
     if jobs == 1:
         return [Share(gpus, [])]
 
     def part(things, i):
         each = len(things) // jobs
-        return things[i * each:(i + 1) * each]
-    return [Share(part(gpus, i), part(cores, i) or [cores[i % len(cores)]]) for i in range(jobs)]
+        return things[i * each:(i + 1) * each] or things[i % max(1, len(things)):][:1]
+    return [Share(part(gpus, i), part(cores, i)) for i in range(jobs)]
 
 
 def command(run, resume, share, script=ROOT / 'train.py'):

@@ -125,8 +125,8 @@ def test_command_lines(tmp_path):
     launched = sweep.command(run, resume=False, share=second)
     assert '--nproc_per_node=2' in launched and '--init_from=resume' not in launched
     assert second.environment == {'CUDA_VISIBLE_DEVICES': '6,7'} and second.cores == [4, 5, 6, 7]
-    with pytest.raises(SystemExit, match='a run needs one at least'):
-        sweep.shares(3, ['0', '1'], [0, 1])
+    shared = sweep.shares(3, ['0', '1'], [0, 1, 2, 3])
+    assert [(share.gpus, share.cores) for share in shared] == [(['0'], [0]), (['1'], [1]), (['0'], [2])]
 
 
 def test_a_job_has_its_share_of_the_cores_and_no_more(tmp_path):
