@@ -132,8 +132,8 @@ def keep_freed_memory(keep=True):
 def find_place(config):
     """This process's Place, from torchrun's environment. Refuses a device that is not there."""
     name = config.device
-    if name == 'cuda' and 'LOCAL_RANK' in os.environ:
-        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if name == 'cuda':                  # torch.cuda.set_device wants a number
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

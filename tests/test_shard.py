@@ -104,6 +104,45 @@ def test_a_wrong_launch_is_refused_in_one_line(flags, words, monkeypatch):
     assert words in stopped.value.code and '\n' not in stopped.value.code
 
 
+@pytest.mark.parametrize('local_rank, index', [(None, 0), ('3', 3)])
+def test_a_process_names_its_gpu_by_number(local_rank, index, monkeypatch):
+    import torch
+    import train
+    from configurator import load
+    zeros, chosen = torch.zeros, []
+
+    def set_device(device):             # torch's own takes a number or a device that has one
+        assert device.index is not None
+        chosen.append(device.index)
+
+    if local_rank:
+        monkeypatch.setenv('LOCAL_RANK', local_rank)
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device: zeros(*shape))
+    monkeypatch.setattr(torch.cuda, 'set_device', set_device)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
+    assert train.find_place(load(['config/train_gpt2.py'])).device.index == index
+    assert chosen == [index]
+
+
+def test_a_compiled_shard_has_the_simulated_gradients(tmp_path):
+    """Every all-reduce in a compiled backward pass happens: a group of itself sums what simulating sums."""
+    import torch
+    import torch.distributed as dist
+    from model import GPT, GPTConfig, Ranks
+    torch.manual_seed(0)
+    dense = GPT(GPTConfig(block_size=6, vocab_size=32, n_layer=1, n_head=2, n_embd=8, block_types=['spd']))
+    idx = torch.randint(32, (3, 6))
+    dense(idx, idx)[1].backward()
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
+    try:
+        shard = dense.shard(Ranks(2, 2, group=dist.group.WORLD))
+        torch.compile(shard, backend='aot_eager')(idx, idx)[1].backward()
+    finally:
+        dist.destroy_process_group()
+    for name, p in dense.named_parameters():
+        torch.testing.assert_close(shard.get_parameter(name).grad, p.grad, msg=name)
+
+
 @pytest.mark.parametrize('nodes, groups', [('2', [[0, 2], [1, 3]]), ('4', [[0, 1], [2, 3]])])
 def test_groups_across_nodes_take_one_process_of_each(nodes, groups, monkeypatch):
     import train
