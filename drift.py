@@ -25,19 +25,15 @@ def measure_drift(model, idx):
     """
     seen = []                           # of each sublayer: (c, d), or (c, None)
 
-    def see_stream(stream):
-        seen.append((stream.c, stream.d))
-
-    def see_mlp_read(block, u):         # all that a hook sees there; where it is common, nothing is apart
-        c = plus(seen[-1][0], block.attn.c_proj.bias)
+    def see(c, u):                      # u is common until the ranks add something of their own
         seen.append((c, u - c if u.dim() == 4 else None))
 
     hooks = []
     for block in model.transformer.h:
-        hooks.append(block.register_forward_pre_hook(lambda _, args: see_stream(args[0])))
-        hooks.append(block.ln_2.register_forward_pre_hook(
-            lambda _, args, block=block: see_mlp_read(block, args[0])))
-    hooks.append(model.transformer.h[-1].register_forward_hook(lambda *call: see_stream(call[-1])))
+        hooks.append(block.register_forward_pre_hook(lambda _, args: see(args[0].c, args[0].u)))
+        hooks.append(block.ln_2.register_forward_pre_hook(      # c as the block's attention has left it
+            lambda _, args, block=block: see(plus(seen[-1][0], block.attn.c_proj.bias), args[0])))
+    hooks.append(model.transformer.h[-1].register_forward_hook(lambda *call: see(call[-1].c, call[-1].u)))
     training = model.training
     model.eval()
     try:

@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
-# all that wants a GPU, in one go on a fresh machine: speeds, profiles, and four runs of real text in turn.
+# all that wants a GPU, in one go on a fresh machine: speeds, profiles, and runs of real text at three widths.
 # what is finished is not done again, so that the same command goes on after an interruption.
 #
 #   ./gpu.sh                # one GPU, 124M, 350M and 774M: results in out/gpu
 #   SMALL=1 ./gpu.sh        # the same commands at a size that two CPU cores do in some minutes
-#   STEPS=2000 ./gpu.sh     # updates of each of the four runs; default 1000
+#   SEEDS=1 ./gpu.sh        # a seed of each run; default 1,2,3
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python}
 out=${OUT:-out/gpu}
-steps=${STEPS:-1000}
 rounds=25
 size=()
-text=(--dataset=pystdlib --batch_size=32 --gradient_accumulation_steps=1 --warmup_iters=100
-      --eval_interval=100 --eval_tokens=524288 --eval_train_tokens=524288)
+runs=(--with config/gpu.py --n_embd=192,384,768 --seed="${SEEDS:-1,2,3}" --jobs 4)
 if [ -n "${SMALL:-}" ]; then
-    out=${OUT:-out/gpu-small} steps=${STEPS:-20} rounds=6
+    out=${OUT:-out/gpu-small} rounds=6
     size=(--with config/cpu.py)
-    text=(--eval_tokens=8192 --eval_train_tokens=8192 --eval_interval=10 --warmup_iters=5)
+    runs=(--with config/gpu.py --with config/cpu.py --n_embd=16,32,64 --seed="${SEEDS:-1}" --jobs 2
+          --eval_tokens=8192 --eval_train_tokens=8192 --eval_interval=10 --max_iters=20 --warmup_iters=5)
 fi
 mkdir -p "$out"
 
@@ -33,9 +32,9 @@ measure() {
 "$python" data/pystdlib/prepare.py
 measure 124M --textbook
 measure 124M-tp4 --tp_size=4
+measure 124M-48 config/train_gpt2_12comm.py --batch_size=48
 measure 350M config/train_350M.py config/train_350M_24comm.py config/train_350M_2comm.py
 measure 774M config/train_774M.py config/train_774M_36comm.py config/train_774M_2comm.py
 
-"$python" sweep.py config/train_gpt2_{12,6,2}comm.py "${size[@]}" "${text[@]}" \
-    --max_iters="$steps" --seed=1 --wandb_log=False --log_drift=True --out="$out/runs-$steps"
-"$python" compare.py "$out/runs-$steps" --out="$out/compare-$steps"
+"$python" sweep.py config/train_gpt2_{24,12,6,2}comm.py "${runs[@]}" --tp_size=4 --out="$out/runs"
+"$python" compare.py "$out/runs" --mix --out="$out/compare"

@@ -232,34 +232,32 @@ class Stream(NamedTuple):
     """
     The residual stream. Rank r reads u_r = c + d_r.
 
-    A stretch runs from one sync point to the next. The ranks read x = f_op(c), made once at its start; c
-    itself is the skip path. So a stretch has one all-reduce forward, in the sync that ends it, and one
-    backward, in its f_op.
+    A stretch runs from one sync point to the next. It starts at u = f_op(c), made once; c itself is the skip
+    path. So a stretch has one all-reduce forward, in the sync that ends it, and one backward, in its f_op.
+
+    What a rank adds goes into its u, to be read, and into the sum that the sync will send: u's gradient is
+    then one running sum, where c + d_r for each reader would keep every reader's until the stretch's start.
     """
     c: torch.Tensor                     # common (B, T, C)
-    x: torch.Tensor                     # common (B, T, C), c as the ranks read it
-    d: torch.Tensor | None              # drifted (L, B, T, C), what each rank alone has added; None: nothing
+    u: torch.Tensor                     # common (B, T, C), drifted (L, B, T, C) once a rank has added its own
+    d_sum: torch.Tensor | None          # partial (B, T, C), sum_r d_r of the hosted ranks; None: nothing
     ranks: Ranks
 
     @classmethod
     def start(cls, c, ranks):
         return cls(c, f_op(c, ranks), None, ranks)
 
-    def read(self):
-        """u_r = c + d_r: common (B, T, C) until the ranks add something of their own, then drifted."""
-        return plus(self.x, self.d)
-
     def add(self, partial):
         """d_r <- d_r + P_r, and the bias into c. No communication: the ranks drift apart."""
-        bias, d = partial.bias(), plus(partial.each().to(self.c.dtype), self.d)
-        return self._replace(c=plus(self.c, enter(bias, self.ranks)), x=plus(self.x, bias), d=d)
+        bias, P = partial.bias(), partial.each().to(self.c.dtype)                       # P drifted
+        return self._replace(c=plus(self.c, enter(bias, self.ranks)), u=plus(self.u + P, bias),
+                             d_sum=plus(P.sum(0), self.d_sum))
 
     def sync(self, partial=None):
         """A sync point: c <- c + sum_r (d_r + P_r), in one all-reduce, and the bias; d <- 0."""
-        drift = None if self.d is None else self.d.sum(0)                       # partial (B, T, C)
-        message, bias = drift, None
+        message, bias = self.d_sum, None                                        # partial (B, T, C)
         if partial is not None:
-            message, bias = plus(partial.summed(), drift), partial.bias()
+            message, bias = plus(partial.summed(), message), partial.bias()
         c = self.c + g_op(message.to(compute_dtype(message)), self.ranks)
         return self.start(plus(c, enter(bias, self.ranks)), self.ranks)
 
@@ -329,24 +327,24 @@ class TPBlock(Block):
     """attention, sync, MLP, sync: Megatron-LM's layer. 2 sync points."""
 
     def forward(self, s):
-        s = s.sync(self.attn(self.ln_1(s.read())))
-        return s.sync(self.mlp(self.ln_2(s.read())))
+        s = s.sync(self.attn(self.ln_1(s.u)))
+        return s.sync(self.mlp(self.ln_2(s.u)))
 
 
 class SPDBlock(Block):
     """attention, MLP, sync: Sync-Point Drop. 1 sync point."""
 
     def forward(self, s):
-        s = s.add(self.attn(self.ln_1(s.read())))
-        return s.sync(self.mlp(self.ln_2(s.read())))
+        s = s.add(self.attn(self.ln_1(s.u)))
+        return s.sync(self.mlp(self.ln_2(s.u)))
 
 
 class ParallelBlock(Block):
     """attention, MLP: the ranks drift apart until a later block syncs. Not PaLM's attention beside MLP."""
 
     def forward(self, s):
-        s = s.add(self.attn(self.ln_1(s.read())))
-        return s.add(self.mlp(self.ln_2(s.read())))
+        s = s.add(self.attn(self.ln_1(s.u)))
+        return s.add(self.mlp(self.ln_2(s.u)))
 
 
 BLOCKS = {'tp': TPBlock, 'spd': SPDBlock, 'parallel': ParallelBlock}
@@ -485,7 +483,7 @@ class GPT(nn.Module):
         stream = Stream.start(c, self.ranks)
         for block in self.transformer.h:
             stream = block(stream)
-        if stream.d is not None:
+        if stream.d_sum is not None:
             stream = stream.sync()
         ln_f = self.transformer.ln_f
         weight, bias = enter(ln_f.weight, self.ranks), enter(ln_f.bias, self.ranks)

@@ -26,9 +26,9 @@ class MeanStream(Stream):
     def sync(self, partial=None):
         """A sync point: c <- c + sum_r (d_r + P_r) / R, in one all-reduce, and the bias; d <- 0."""
         R = self.ranks.size
-        d = None if self.d is None else self.d / R
+        d_sum = None if self.d_sum is None else self.d_sum / R
         partial = None if partial is None else partial._replace(y=partial.y / R)
-        return Stream.sync(self._replace(d=d), partial)
+        return Stream.sync(self._replace(d_sum=d_sum), partial)
 
 
 def merged_by_mean(block):
@@ -43,8 +43,8 @@ class AttentionSPDBlock(Block):
     """attention, sync, MLP. 1 sync point; what the MLP adds waits for the next layer's."""
 
     def forward(self, s):
-        s = s.sync(self.attn(self.ln_1(s.read())))
-        return s.add(self.mlp(self.ln_2(s.read())))
+        s = s.sync(self.attn(self.ln_1(s.u)))
+        return s.add(self.mlp(self.ln_2(s.u)))
 
 
 for kind, block in {'tp': TPBlock, 'spd': SPDBlock, 'parallel': ParallelBlock}.items():
