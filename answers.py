@@ -95,7 +95,7 @@ def closeness(rows):
 
 class Comparison(NamedTuple):
     """Two rows that differ in one thing, and their paired difference, first minus second."""
-    kind: str                       # placement, merge or sync
+    kind: str                       # placement, merge, sync or tp_size
     first: Row
     second: Row
     difference: Estimate
@@ -121,15 +121,17 @@ def comparisons(rows):
     placement   the same blocks in the most alternating order, minus them in each more clustered one
     merge       the mean of the ranks' additions, minus their sum
     sync        the MLP's sync dropped, minus attention's
+    tp_size     the same blocks with the most ranks, minus them with the fewest
     """
     def plain(row, prefix):
         return [name.removeprefix(prefix) for name in row.block_types]
 
-    found, orders = [], {}
+    found, orders, ranks = [], {}, {}
     for row in rows:
         if not row.dense:
             key = row.tp_size, row.note, frozenset(Counter(row.block_types).items())
             orders.setdefault(key, []).append(row)
+            ranks.setdefault((tuple(row.block_types), row.note), []).append(row)
     for same in orders.values():
         most, *others = sorted(same, key=switches, reverse=True)
         found += [('placement', most, other) for other in others if switches(other) < switches(most)]
@@ -140,7 +142,10 @@ def comparisons(rows):
                     found.append(('merge', a, b))
                 if a.variant == 'attn' and plain(a, 'attn_') == b.block_types:
                     found.append(('sync', a, b))
-    found.sort(key=lambda one: ('placement', 'merge', 'sync').index(one[0]))
+    for same in ranks.values():
+        same.sort(key=lambda row: row.tp_size)
+        found += [('tp_size', same[-1], same[0])] * (len(same) > 1)
+    found.sort(key=lambda one: ('placement', 'merge', 'sync', 'tp_size').index(one[0]))
     return [Comparison(kind, a, b, paired(a, b)) for kind, a, b in found]
 
 
@@ -555,6 +560,8 @@ def answers(rows, link=None):
          compared(rows, 'merge', 'no config with mean_* blocks and the same with plain ones')),
         ('Which sync matters: the MLP\'s dropped instead of attention\'s?',
          compared(rows, 'sync', 'no config with attn_spd blocks and the same with spd')),
+        ('Does it matter how many ranks there are?',
+         compared(rows, 'tp_size', 'no config was run at two sizes of tp_size')),
         ('Which way does the difference go with width?', width(rows)),
         ('Drift: how far do the ranks\' streams come apart?', drifting(rows))]
     return [(question, lines if configs else [f'{UNANSWERED}: only dense runs have finished'])

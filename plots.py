@@ -147,7 +147,9 @@ def draw_tradeoff(ax, rows):
         ax.set_xlabel("communications by the guide's count\n(all-reduces observed in a forward pass)")
     ax.set_xticks(list(names), names.values())
     mark_references(ax, rows)
-    ax.legend(fontsize=7, title='dense plus the paired difference;\nbars: its 95% interval', title_fontsize=7)
+    # below the axes, where it hides no bar
+    ax.legend(fontsize=7, title='dense plus the paired difference; bars: its 95% interval', title_fontsize=7,
+              loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
 def mark_references(ax, rows):
@@ -194,12 +196,12 @@ def finish_forest(ax, names, rows):
 
 def plot_placement(rows):
     """The comparisons of rows that differ in one thing only: order, merge, which sync is dropped."""
-    found = [one for one in comparisons(rows) if one.difference]
+    kinds = dict(placement='o', merge='s', sync='^')
+    found = [one for one in comparisons(rows) if one.difference and one.kind in kinds]
     if not found:
         return None
     fig, (ax,) = figure(rows, 'Equal communications: order of the blocks, merge, which sync is dropped',
                         size=(9, 1.7 + 0.42 * len(found)))
-    kinds = dict(placement='o', merge='s', sync='^')
     for y, one in enumerate(found):
         bar(ax, one.difference, y, marker=kinds[one.kind])
     names = [f'{one.first.label}\nminus {pattern(one.second.block_types)}  (n={one.difference.n})'

@@ -364,17 +364,18 @@ def test_the_cliff_keeps_the_most_runs_in_which_each_seed_has_each_count(tmp_pat
     assert bend.seeds == [0, 1, 2, 3] and len(bend.curve) == 7
 
 
-def test_placement_merge_and_sync_compare_what_differs_in_one_thing(tmp_path):
+def test_comparisons_are_of_what_differs_in_one_thing(tmp_path):
     write_run(tmp_path, 'mixed', shifted(0.01, 0.01, 0.01), ['tp', 'spd'] * 2)
     write_run(tmp_path, 'first', shifted(0.05, 0.051, 0.052), ['tp', 'tp', 'spd', 'spd'])
     write_run(tmp_path, 'mean', shifted(0.03, 0.03, 0.03), ['mean_tp', 'mean_spd'] * 2)
     write_run(tmp_path, 'attn', shifted(0.0, 0.02, 0.04), ['tp', 'attn_spd'] * 2)
     write_run(tmp_path, 'other', shifted(0, 0, 0), SPD)
+    write_run(tmp_path, 'many', shifted(0.02, 0.02, 0.02), SPD, tp_size=8)
     rows = rows_under(tmp_path)
     assert [(one.kind, one.first.name, one.second.name, round(one.difference.mean, 4))
             for one in answers.comparisons(rows)] == [
         ('placement', 'mixed', 'first', -0.041), ('merge', 'mean', 'mixed', 0.02),
-        ('sync', 'attn', 'mixed', 0.01)]
+        ('sync', 'attn', 'mixed', 0.01), ('tp_size', 'many', 'other', 0.02)]
     line, = answers.compared(rows, 'placement', 'none')
     assert line.startswith('[tp, spd] x 2 (tp_size 4) minus tp x 2, spd x 2 (tp_size 4): -0.0410')
     assert line.endswith('lower, floor unknown')
