@@ -318,7 +318,7 @@ def speed(rows, link):
     """Does reduced communication speed up training, as lines: only sharded runs can say, or a prediction."""
     measured, predicted = [], []
     for full, *fewer in curves(rows):
-        if set(full.block_types) != {'tp'}:
+        if not full.all_tp:
             continue
         ratios = [f'{row.communications}: {full.seconds / row.seconds:.2f}' for row in fewer
                   if row.seconds and full.seconds]
@@ -489,10 +489,13 @@ class Trend:
 
 
 def width_trends(rows):
-    """The Trends of the configs that were run at several widths, all else equal, of three points at least."""
+    """
+    The Trends of the configs that were run at several widths, all else equal, of three points at least. Not
+    of TP blocks alone, whose differences are rounding.
+    """
     alike = {}
     for row in rows:
-        if to_dense(row):
+        if to_dense(row) and not row.all_tp:
             rest = settings(row.first) | dict(n_embd=None, blocks=row.block_types, tp_size=row.tp_size)
             alike.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
     trends = []

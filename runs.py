@@ -266,6 +266,7 @@ class Row:
         self.tp_size = self.first.config['tp_size']
         self.dense = self.tp_size == 1
         self.block_types = self.first.config['block_types']
+        self.all_tp = not self.dense and set(self.block_types) == {'tp'}       # dense, up to rounding
         self.communications = self.first.info['communications']
         self.all_reduces = self.first.info['all_reduces']
         self.losses = {seed: run.loss for seed, run in self.runs.items()}
@@ -418,7 +419,7 @@ def rounding_floor(rows):
     None where there is no such pair. Not their mean: a difference must beat what rounding did to any seed.
     """
     gaps = [abs(loss - row.control.losses[seed])
-            for row in rows if set(row.block_types) == {'tp'} and row.control and not row.dense
+            for row in rows if row.all_tp and row.control
             for seed, loss in row.losses.items() if seed in row.control.losses]
     return max(gaps, default=None)
 

@@ -393,10 +393,11 @@ def test_variants_are_in_no_answer_about_plain_blocks(tmp_path):
 
 
 def at_widths(tmp_path, differences):
-    """Runs of 12 communications and dense ones of {width: differences by seed}."""
+    """Runs of 24 and 12 communications and dense ones of {width: differences of 12 by seed}."""
     for width, own in differences.items():
         size = dict(info=dict(parameters=width**2), n_embd=width)
         write_run(tmp_path, f'dense-n_embd={width}', DENSE, tp_size=1, **size)
+        write_run(tmp_path, f'24comm-n_embd={width}', DENSE, ['tp'] * 12, **size)
         write_run(tmp_path, f'12comm-n_embd={width}', shifted(*own), ['spd'] * 12, **size)
 
 
