@@ -849,18 +849,20 @@ def test_a_mistake_in_a_flag_of_sample_gets_one_line(undisturbed, flag, words):
 # weights & biases
 
 
-def wandb_records(path):
+def parse_wandb(data):
     """
     The protobuf records of a .wandb file, a log in LevelDB's format: blocks of 32 KiB, a 7-byte header a
-    chunk.
+    chunk. What is not whole yet is left out.
     """
     from wandb.proto.wandb_internal_pb2 import Record
-    data, at, whole = path.read_bytes(), 7, b''
+    at, whole = 7, b''
     while at + 7 <= len(data):
         if 2**15 - at % 2**15 < 7:          # what is too short for a header ends a block
             at += 2**15 - at % 2**15
             continue
         size, kind = int.from_bytes(data[at + 4:at + 6], 'little'), data[at + 6]
+        if at + 7 + size > len(data):
+            return
         whole += data[at + 7:at + 7 + size]
         at += 7 + size
         if kind in (1, 4):                  # a whole record, or the last part of one
@@ -868,9 +870,19 @@ def wandb_records(path):
             whole = b''
 
 
+def wandb_records(path):
+    """What W&B kept of a run that has ended. Its service may write the last of it a moment later."""
+    end, records = time.monotonic() + 60, []
+    while not any(record.WhichOneof('record_type') == 'exit' for record in records):
+        assert time.monotonic() < end, f'{path} has no exit record'
+        time.sleep(0.05)
+        records = list(parse_wandb(path.read_bytes()))
+    return records
+
+
 def wandb_history(path):
     """(id, lines): what W&B kept of a run, its keys as W&B names them."""
-    records = list(wandb_records(path))
+    records = wandb_records(path)
     history = [record.history for record in records if record.WhichOneof('record_type') == 'history']
     lines = [{''.join(item.nested_key) or item.key: json.loads(item.value_json) for item in line.item}
              for line in history]
