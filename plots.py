@@ -196,22 +196,21 @@ def finish_forest(ax, names, rows):
 
 def plot_placement(rows):
     """The comparisons of rows that differ in one thing only: order, merge, which sync is dropped."""
-    kinds = dict(placement='o', merge='s', sync='^')
+    kinds = dict(placement=('o', 'alternating minus clustered'), merge=('s', 'mean minus sum'),
+                 sync=('^', "MLP's sync dropped minus attention's"))
     found = [one for one in comparisons(rows) if one.difference and one.kind in kinds]
     if not found:
         return None
     fig, (ax,) = figure(rows, 'Equal communications: order of the blocks, merge, which sync is dropped',
                         size=(9, 1.7 + 0.42 * len(found)))
     for y, one in enumerate(found):
-        bar(ax, one.difference, y, marker=kinds[one.kind])
+        bar(ax, one.difference, y, marker=kinds[one.kind][0])
     names = [f'{one.first.label}\nminus {pattern(one.second.block_types)}  (n={one.difference.n})'
              for one in found]
     finish_forest(ax, names, [one.first for one in found])
-    for kind, marker in kinds.items():
+    for kind, (marker, label) in kinds.items():
         if any(one.kind == kind for one in found):
-            ax.plot([], [], marker, color='black', label=dict(
-                placement='alternating minus clustered', merge='mean minus sum',
-                sync="MLP's sync dropped minus attention's")[kind])
+            ax.plot([], [], marker, color='black', label=label)
     ax.legend(fontsize=7)
     ax.set_xlabel(f'difference in validation loss ({loss_unit(rows)}), paired by seed, mean and 95% interval')
     return fig

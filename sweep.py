@@ -217,8 +217,10 @@ def shares(jobs, gpus, cores):
         return [Share(gpus, [])]
 
     def part(things, i):
+        if 0 < len(things) < jobs:
+            return [things[i % len(things)]]
         each = len(things) // jobs
-        return things[i * each:(i + 1) * each] or things[i % max(1, len(things)):][:1]
+        return things[i * each:(i + 1) * each]
     return [Share(part(gpus, i), part(cores, i)) for i in range(jobs)]
 
 

@@ -1,4 +1,4 @@
-# any config on text that every Python brings along, at a size that one H100 trains in half a minute
+# any config on text that every Python brings along, at a size of which an H200 trains four in two minutes
 # python train.py config/train_gpt2_12comm.py config/gpu.py
 dataset = 'pystdlib'
 wandb_log = False
