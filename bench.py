@@ -72,9 +72,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
 
-import costmodel
-from corpus import Tokens
-from dataloader import TrainLoader
+from speed import costmodel
+from data.corpus import Tokens
+from data.dataloader import TrainLoader
 from model import GPT
 from train import (
     Network, Place, autocast, connect, disconnect, find_place, keep_freed_memory, model_config_of, peak_flops,

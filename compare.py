@@ -19,10 +19,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from answers import answers
+from analysis.answers import answers
 from configurator import fail, model_vocab_size
-from report import log_to_wandb, markdown, page, terminal_table, write_csv, write_json
-from runs import find_runs, group, read_run, read_wandb, refuse_mixed, subject
+from analysis.report import log_to_wandb, markdown, page, terminal_table, write_csv, write_json
+from analysis.runs import find_runs, group, read_run, read_wandb, refuse_mixed, subject
 
 
 def missing_notes(rows, unfinished):
@@ -59,7 +59,7 @@ def predict_steps(rows, link):
     Returns (what that is, in words; a note for each row whose step cannot be predicted).
     """
     import variants  # noqa: F401       its blocks may be among the rows
-    from costmodel import Cluster, predicted_seconds
+    from speed.costmodel import Cluster, predicted_seconds
     nodes = math.lcm(2, *(row.tp_size for row in rows))
     cluster = Cluster(gbit=link[0], latency_us=link[1], nodes=nodes, gpus=nodes * math.ceil(8 / nodes))
     notes = []
@@ -104,7 +104,7 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    from plots import draw_all          # matplotlib takes a second, which a mistyped flag need not wait for
+    from analysis.plots import draw_all          # matplotlib takes a second, which a mistyped flag need not wait for
     default = [] if args.from_wandb else [Path('out')]
     folders, empty = find_runs(args.folders or default)
     runs = [read_run(folder) for folder in folders] + (from_wandb(args.from_wandb) if args.from_wandb else [])

@@ -45,8 +45,8 @@ if __name__ == '__main__':
 
 import torch
 
-import checkpoint
-from corpus import load_tokenizer
+from training import checkpoint
+from data.corpus import load_tokenizer
 from model import GPT, GPTConfig
 
 

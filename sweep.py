@@ -42,7 +42,7 @@ from itertools import product
 from pathlib import Path
 
 from configurator import HOUSEKEEPING, ROOT, RUNS, Config, differences, fail, load, pattern
-from runs import find_runs, read_info, read_metrics, recipe
+from analysis.runs import find_runs, read_info, read_metrics, recipe
 
 OWN = {'out_dir', 'wandb_run_name', 'init_from'}        # a run's place, which the sweep settles
 SHORT = {'seed': 'seed', 'tp_size': 'tp'}               # these go without '=' in a folder's name

@@ -38,11 +38,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-from corpus import open_corpus
-from dataloader import TrainLoader, val_batches
-from drift import measure_drift
-from logger import Log, finite
+from training import checkpoint
+from data.corpus import open_corpus
+from data.dataloader import TrainLoader, val_batches
+from training.drift import measure_drift
+from training.logger import Log, finite
 from model import GPT, GPTConfig, Ranks, count_all_reduces, join_shards, take_shard
 
 RESUMABLE = 75                          # EX_TEMPFAIL: stopped by a signal, saved, to be continued

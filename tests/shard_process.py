@@ -14,7 +14,7 @@ import torch.distributed as dist  # noqa: E402
 
 import train  # noqa: E402
 from configurator import ROOT, RUNS, load  # noqa: E402
-from costmodel import by_kind, design_messages, observe_step  # noqa: E402
+from speed.costmodel import by_kind, design_messages, observe_step  # noqa: E402
 from model import GPT, join_shards  # noqa: E402
 
 B, T, C, V, STEPS = 2, 5, 16, 29, 20    # no tp_size divides V; so the vocabulary shards are uneven

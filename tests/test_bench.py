@@ -15,9 +15,9 @@ import time
 import pytest
 
 import bench
-import slow_link
+from speed import slow_link
 from configurator import ROOT, load
-from costmodel import KINDS, Link, ring
+from speed.costmodel import KINDS, Link, ring
 from model import GPT
 from train import find_place, model_config_of
 

@@ -18,12 +18,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
+from training import checkpoint
 import train
 from configurator import ROOT, load
-from corpus import open_corpus
-from logger import Log
-from runs import read_metrics
+from data.corpus import open_corpus
+from training.logger import Log
+from analysis.runs import read_metrics
 from test_train import DROPOUT, run
 
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60,

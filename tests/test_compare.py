@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from scipy.stats import linregress, t, ttest_1samp, ttest_rel
 
-import answers
+from analysis import answers
 import compare
-import plots
-import runs
+from analysis import plots
+from analysis import runs
 from configurator import communications, load, pattern
-from logger import CHARTS, TRACKED
+from training.logger import CHARTS, TRACKED
 from test_train import wandb_records
 
 TP, SPD, PARALLEL = ['tp'] * 4, ['spd'] * 4, ['parallel'] * 4     # 8, 4 and 2 communications

@@ -6,9 +6,9 @@ The cost model: its arithmetic by hand, its fit, and the all-reduces that it tak
 
 import pytest
 
-import costmodel
+from speed import costmodel
 from configurator import load
-from costmodel import Cluster, Link, Message
+from speed.costmodel import Cluster, Link, Message
 
 RUNS = {24: 24, 18: 18, 16: 16, 12: 12, 8: 7, 6: 5, 2: 1}       # communications, all-reduces each way
 

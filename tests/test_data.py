@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configurator import ROOT
-from corpus import (EOT, HEADER_BYTES, MAGIC, TOKEN, Tokens, byte_encoding, encode_documents, load_tokenizer,
+from data.corpus import (EOT, HEADER_BYTES, MAGIC, TOKEN, Tokens, byte_encoding, encode_documents, load_tokenizer,
                     open_corpus, write_corpus)
-from dataloader import TrainLoader, val_batches
+from data.dataloader import TrainLoader, val_batches
 
 META = {'dataset': 'pystdlib', 'corpus': 'numbers', 'source': {}, 'tokenizer': 'gpt2', 'vocab_size': 50257}
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -148,8 +148,8 @@ def test_windows_that_do_not_divide_and_corpora_shorter_than_a_block_are_refused
 def test_a_program_that_ends_while_a_step_is_read_ahead_ends_as_it_meant_to(tmp_path):
     tokens_in(tmp_path, numbers(1000))
     program = f'''
-from corpus import Tokens
-from dataloader import TrainLoader
+from data.corpus import Tokens
+from data.dataloader import TrainLoader
 from pathlib import Path
 import time
 class Slow(Tokens):

@@ -26,11 +26,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+from training import checkpoint
 import sample
 import train
 from configurator import read_defaults
-from corpus import open_corpus
+from data.corpus import open_corpus
 from model import GPT, GPTConfig
 
 ROOT = train.ROOT

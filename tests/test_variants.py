@@ -11,7 +11,7 @@ from reference import attention, layer_norm, mlp
 
 import variants
 from configurator import communications
-from drift import measure_drift
+from training.drift import measure_drift
 from model import BLOCKS, GPT, GPTConfig, count_all_reduces
 
 R, B, T, C, V = 4, 2, 7, 16, 29

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from corpus import (TOKEN, Parser, atomic_write, encode_documents, hub_revision, is_prepared, load_encoding,
+from data.corpus import (TOKEN, Parser, atomic_write, encode_documents, hub_revision, is_prepared, load_encoding,
                     parts_folder, plainly, write_corpus)
 
 REPO, CONFIG, ROWS = 'Skylion007/openwebtext', 'plain_text', 8_013_769

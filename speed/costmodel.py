@@ -36,7 +36,7 @@ from scipy.optimize import nnls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import communications, fail, load
-from dataloader import TrainLoader
+from data.dataloader import TrainLoader
 from model import GPT, GPTConfig, Ranks, count_all_reduces, sharding
 from train import model_config_of, observe_all_reduces
 

@@ -191,7 +191,7 @@ def read_wandb(project, api):
 
     A run of another program is given as one with trouble. Raises what the api raises.
     """
-    from logger import CHARTS, TRACKED
+    from training.logger import CHARTS, TRACKED
     ours, keys = {chart: key for key, chart in CHARTS.items()}, read_defaults().keys()
     runs = []
     for there in api.runs(project, filters={'jobType': 'train'}, lazy=False):

@@ -18,7 +18,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from configurator import pattern
-from runs import (SPIKE, Estimate, Row, estimate, judge, paired, settings, simulated, t_quantile, to_dense,
+from analysis.runs import (SPIKE, Estimate, Row, estimate, judge, paired, settings, simulated, t_quantile, to_dense,
                   verdict)
 
 # the guide's thresholds hold for one model, length and tokenizer

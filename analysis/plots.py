@@ -17,10 +17,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from answers import (FULL_WIDTH, GOALS, TARGET, by_note, comparisons, curve_name, curves, drift_of,
+from analysis.answers import (FULL_WIDTH, GOALS, TARGET, by_note, comparisons, curve_name, curves, drift_of,
                      fastest_first, front, in_scope, largest_drift, width_trends)
 from configurator import pattern
-from runs import TOKENS, simulated, subject, to_dense
+from analysis.runs import TOKENS, simulated, subject, to_dense
 
 MARKERS, LINES = 'osD^vP*X<>', ('-', '--', '-.', ':')
 POINTS = 100                    # of a line, at most: enough for a panel, and a file that is not large

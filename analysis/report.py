@@ -13,10 +13,10 @@ import os
 from dataclasses import asdict
 from itertools import starmap
 
-from answers import (by_note, comparisons, curve_name, curves, fit_bend, front, highest_norm, largest_drift,
+from analysis.answers import (by_note, comparisons, curve_name, curves, fit_bend, front, highest_norm, largest_drift,
                      width_trends)
 from configurator import pattern
-from runs import SPIKE, judge, subject, to_dense
+from analysis.runs import SPIKE, judge, subject, to_dense
 
 # the numbers of a row
 

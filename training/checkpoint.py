@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from corpus import atomic_write
+from data.corpus import atomic_write
 
 
 LATEST = ('ckpt-new.pt', 'ckpt.pt', 'ckpt-previous.pt')    # ckpt-new.pt is there for a moment, and whole
