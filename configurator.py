@@ -16,6 +16,8 @@ import sys
 import time
 import types
 import typing
+from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,13 +26,26 @@ ROOT = Path(__file__).resolve().parent
 DEFAULTS = ROOT / 'config' / 'defaults.py'
 RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]    # beside the dense control
 
+# the block types and the communications of a layer of each, by the guide's rule; model.py and variants.py
+# define the blocks, this is what is known of them without torch
+COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1}
+# what an experiment varies; the rest of a config is the recipe
+VARIED = {'seed', 'block_types', 'tp_size', 'merge'}
+# what may differ between two runs of one recipe without changing what they compute
+HOUSEKEEPING = {
+    'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
+    'checkpoint_interval', 'keep_checkpoints',
+    'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
+    'tp_across_nodes', 'eval_train_tokens', 'log_drift',
+}
+
 AT_LEAST_1 = (lambda value: value >= 1, 'at least 1')
 LAYERS = (lambda value: 1 <= value <= 1000, 'from 1 to 1000')
 SEED = (lambda value: 0 <= value < 2**63, 'at least 0 and below 2**63')
 NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
-LIMITS = dict(                          # GPTConfig checks the model's other keys
+LIMITS = dict(  # GPTConfig checks the model's other keys
     eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, eval_train_tokens=NOT_NEGATIVE,
     log_interval=AT_LEAST_1, checkpoint_interval=AT_LEAST_1, keep_checkpoints=NOT_NEGATIVE, seed=SEED,
     batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
@@ -38,35 +53,43 @@ LIMITS = dict(                          # GPTConfig checks the model's other key
     beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
 )
-COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0}     # of a layer, by the guide's rule
 RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}
 
 
 def fail(message):
     """
-    Ends the program with one line on stderr and exit status 1. Under torchrun, which ends all once one has
-    ended, the first process speaks for those that find the same.
+    End the program with one line on stderr and exit status 1.
+
+    Under torchrun only rank 0 prints; the others wait to be terminated.
     """
     if int(os.environ.get('RANK', 0)) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)                   # who is still here after that has found what the first did not
+        time.sleep(5)  # a process that is not terminated by then has found what rank 0 did not
     sys.exit('error: ' + ' '.join(message.split()))
 
 
 class Config(SimpleNamespace):
     """
-    A run's keys as attributes; `vars(config)` is the keys and nothing else. `sources` says where each came
-    from.
+    A run's keys as attributes; `vars(config)` is the keys and nothing else. `sources` says where each is set.
     """
     __slots__ = ('sources',)
 
     def refuse(self, message):
-        """fail(), after adding where the keys that the message names came from."""
+        """fail() with the message, and where the keys that it names were set."""
         named = [key for key in vars(self) if re.search(rf'\b{key}\b', message)]
         origins = ', '.join(f'{key} from {self.sources[key]}' for key in named)
         fail(f'{message} ({origins})' if named else message)
 
+    @contextmanager
+    def refusing(self):
+        """A ValueError inside the `with` ends the program as refuse() does."""
+        try:
+            yield
+        except ValueError as error:
+            self.refuse(str(error))
 
+
+@cache
 def read_defaults():
     """config/defaults.py as {key: (default, type, comment)}. The types are its annotations."""
     text = DEFAULTS.read_text()
@@ -81,7 +104,7 @@ def read_defaults():
 
 
 def alternatives(kind):
-    """The members of `int | None` and the like; a plain type is its own only one."""
+    """The members of a union such as `int | None`; (int,) for int."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
@@ -89,7 +112,7 @@ def accepts(kind, value):
     for option in alternatives(kind):
         if typing.get_origin(option) is typing.Literal:
             fits = value in typing.get_args(option)
-        else:                           # an int will do for a float; a bool is no int
+        else:  # an int passes for a float; a bool is no int
             fits = type(value) is option or (option is float and type(value) is int)
         if fits:
             return True
@@ -104,14 +127,14 @@ def in_words(kind):
 
 
 def check(key, value, source, keys):
-    """The value as the key takes it: floats made of ints. Ends the program where it does not fit."""
+    """Validate a value; ints become floats where a float is wanted. Ends the program if it does not fit."""
     if key not in keys:
         close = difflib.get_close_matches(key, keys, n=1)
         hint = RENAMED.get(key) or (f'{close[0]}?' if close else 'see --help')
         fail(f'{source}: no key is called {key}; {hint}')
     kind = keys[key][1]
     if key == 'block_types' and isinstance(value, str):
-        return value                    # a pattern: it is repeated once n_layer is known
+        return value  # a pattern: it is repeated once n_layer is known
     if isinstance(value, tuple):
         value = list(value)
     if not accepts(kind, value):
@@ -128,8 +151,7 @@ def check(key, value, source, keys):
 
 def read_file(path):
     """
-    The assignments of a config file, as a dict. Names with a leading underscore and imports are its own
-    affair.
+    The assignments of a config file, as a dict. Imports and names with a leading underscore are ignored.
     """
     try:
         text = Path(path).read_text()
@@ -141,7 +163,7 @@ def read_file(path):
     namespace = {}
     try:
         exec(compile(text, path, 'exec'), namespace)
-    except (Exception, SystemExit) as error:        # whatever it does wrong, it is its writer's to read
+    except (Exception, SystemExit) as error:  # report any error in the user's file in one line
         fail(f'{path}: {type(error).__name__}: {error}')
     return {key: value for key, value in namespace.items()
             if not key.startswith('_') and not isinstance(value, types.ModuleType)}
@@ -149,7 +171,7 @@ def read_file(path):
 
 def parse_value(text, kind):
     """
-    A flag's value: text where the key takes text, else literals and their arithmetic: 5*8, ['tp','spd']*6.
+    A flag's value: text if the key takes text, else literals and their arithmetic: 5*8, ['tp','spd']*6.
     """
     if str in alternatives(kind):
         return None if text == 'None' and kind is not str else text
@@ -160,7 +182,7 @@ def parse_value(text, kind):
         if all(isinstance(node, allowed) for node in ast.walk(tree)):
             return eval(compile(tree, 'a flag', 'eval'), {'__builtins__': {}})
     except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
-        pass                            # not a literal: text, which the key's type then takes or refuses
+        pass  # not a literal: text, which check() then takes or refuses
     return text
 
 
@@ -185,7 +207,7 @@ def communications(block_types, tp_size):
     """
     if tp_size == 1:
         return 0
-    counts = [COMMUNICATIONS.get(name, 0) for name in block_types]
+    counts = [COMMUNICATIONS[name] for name in block_types]
     return sum(counts) + 2 * (0 in counts)
 
 
@@ -200,17 +222,8 @@ def pattern(block_types):
     period = next(p for p in range(1, n + 1) if n % p == 0 and block_types == block_types[:p] * (n // p))
     if 1 < period < n:
         return f'[{", ".join(block_types[:period])}] x {n // period}'
-    stretches = [(kind, len(list(stretch))) for kind, stretch in groupby(block_types)]
-    return ', '.join(f'{kind} x {length}' if length > 1 else kind for kind, length in stretches)
-
-
-# what may differ between two calls of one run, or between two runs that are compared: not the recipe
-HOUSEKEEPING = {
-    'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
-    'checkpoint_interval', 'keep_checkpoints',
-    'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
-    'tp_across_nodes', 'eval_train_tokens', 'log_drift',
-}
+    repeats = [(kind, len(list(equal))) for kind, equal in groupby(block_types)]
+    return ', '.join(f'{kind} x {length}' if length > 1 else kind for kind, length in repeats)
 
 
 def differences(theirs, ours):
@@ -219,9 +232,34 @@ def differences(theirs, ours):
     return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
 
 
+def told(differences):
+    """What differences() found, in words."""
+    return ', '.join(f'{key} is {theirs} there, {ours} here' for key, (theirs, ours) in differences.items())
+
+
+def recipe(config):
+    """What two runs must share of their configs before their losses may be compared, as a dict."""
+    shared = {key: value for key, value in config.items() if key not in VARIED | HOUSEKEEPING}
+    # 12 x 40 and 8 x 60 are the same step
+    shared['windows per step'] = shared.pop('batch_size') * shared.pop('gradient_accumulation_steps')
+    return shared
+
+
+def complete(config):
+    """
+    A saved config, a dict, in the terms of this version: keys it lacks take their default, and block types
+    mean_tp, mean_spd and mean_parallel, which were once apart, are the plain ones with merge 'mean'.
+    """
+    config = {key: default for key, (default, _, _) in read_defaults().items()} | config
+    names = config['block_types'] or []
+    if any(str(name).startswith('mean_') for name in names):
+        config.update(block_types=[name.removeprefix('mean_') for name in names], merge='mean')
+    return config
+
+
 def resolve(config, stems):
     """
-    Fills in what follows from other keys: the layers' block types, the schedule's end, the run's folder.
+    Fill in what follows from other keys: the layers' block types, the schedule's end, the run's folder.
     """
     if isinstance(config.block_types, str):
         names = [name.strip() for name in config.block_types.split(',')]
@@ -231,6 +269,11 @@ def resolve(config, stems):
         config.block_types = names * (config.n_layer // len(names))
     elif config.block_types is None:
         config.block_types = ['tp'] * config.n_layer
+    for i, name in enumerate(config.block_types):
+        if not isinstance(name, str) or name not in COMMUNICATIONS:
+            close = difflib.get_close_matches(str(name), COMMUNICATIONS, n=1)
+            config.refuse(f'block_types has {name!r} at layer {i}, which is no block type; '
+                          + (f'{close[0]}?' if close else f'there are {", ".join(COMMUNICATIONS)}'))
     if config.lr_decay_iters is None:
         config.lr_decay_iters = config.max_iters
     if config.decay_lr and config.min_lr > config.learning_rate:
@@ -242,7 +285,7 @@ def resolve(config, stems):
 
 def load(argv):
     """
-    argv, as in sys.argv[1:] -> Config. What is wrong in it ends the program with one line and exit status 1.
+    argv, as in sys.argv[1:] -> Config. Ends the program, in one line, if anything in it is wrong.
 
     The run is called what the last wandb_run_name says, then the names of the config files after the one that
     set it, so that `train_gpt2_12comm.py cpu.py` is gpt2-124M-12comm-cpu and a toy never shares a folder with
@@ -254,7 +297,7 @@ def load(argv):
     config = Config(**{key: default for key, (default, _, _) in keys.items()})
     config.sources = dict.fromkeys(keys, 'config/defaults.py')
     files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
-    stems = []                          # of the files after the one that named the run
+    stems = []  # of the files after the one that named the run
     for source in files + [arg for arg in argv if arg not in files]:
         values = read_file(source) if source in files else dict([parse_flag(source, keys)])
         for key, value in values.items():

@@ -2,19 +2,24 @@
 GPT-2 under tensor parallelism, with a choice per layer of when the ranks sync.
 
     model = GPT(GPTConfig(tp_size=4, block_types=['spd', 'parallel'] * 6))
-    logits, _ = model(idx)              # idx (B, T) -> logits (B, T, V)
-    _, loss = model(idx, targets)       # targets (B, T), -1 is ignored
+    logits, _ = model(idx)  # idx (B, T) -> logits (B, T, V)
+    _, loss = model(idx, targets)  # targets (B, T), -1 is ignored
 
-The parameters are dense GPT-2's, in name and shape, whatever block_types and tp_size say. A rank's shard is
-a view: its heads' rows of q, of k and of v, its rows of c_fc, its columns of each c_proj. A process hosts L
-of the R ranks. It simulates when it hosts all of them: the loss is the sharded network's, without its
-network. Sharded it hosts one, and holds its slices under the same names.
+Parameters have dense GPT-2's names and shapes for every block_types and tp_size. A process either *simulates*
+all R ranks (L = R, no communication, same loss up to rounding) or *holds* one of them (L = 1): its heads'
+rows of q, k and v, its rows of c_fc, its columns of each c_proj.
 
-Shapes      B batch, T sequence, C n_embd, H n_head, V vocab_size, R tp_size, L hosted ranks,
-            D one rank's features of a sublayer: C/R in attention, 4C/R in the MLP
-Tensors     common   the same on every rank                   (B, T, C)
-            partial  an addend of a sum over ranks            (B, T, C)
-            drifted  each rank's own                          (L, B, T, C)
+Shapes      B batch, T sequence, C n_embd, H n_head, hd C/H, V vocab_size, R tp_size
+            L ranks in this process, N = B*T tokens
+            D features of a sublayer per rank: C/R in attention, 4C/R in the MLP
+            parts matrices stacked in one weight: 3 in c_attn (q, k, v), else 1
+Tensors     replicated  the same on every rank                (B, T, C)
+            partial     one rank's addend of a sum            (B, T, C)
+            drifted     each rank's own                       (L, B, T, C)
+Stream      c    residual stream, replicated
+            d_r  what rank r has added since the last sync, drifted
+            u_r  = c + d_r, what rank r reads: replicated after a sync, then drifted
+            P_r  a sublayer's output on rank r before the sum over ranks, partial
 
 References  Megatron-LM (arXiv 1909.08053), section 3: f, g, column- and row-parallel layers
             Sync-Point Drop (arXiv 2502.20727, ICML 2025): one all-reduce a block
@@ -24,7 +29,7 @@ References  Megatron-LM (arXiv 1909.08053), section 3: f, g, column- and row-par
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,75 +40,80 @@ from torch.nn.utils import get_total_norm
 # communication: the residual stream crosses ranks in f_op and g_op, and nowhere else
 
 
-class Ranks(NamedTuple):
-    """The tensor-parallel ranks, and which of them this process hosts."""
-    size: int                           # R
-    local: int                          # L
-    first: int = 0                      # the lowest hosted one
-    group: dist.ProcessGroup | None = None      # the processes among which they are spread; None: simulated
+class TPGroup(NamedTuple):
+    """The tensor-parallel ranks, and which of them this process holds."""
+    size: int  # R
+    rank: int | None = None  # tp rank of this process; None: it simulates all of them
+    group: dist.ProcessGroup | None = None  # process group of the ranks; None: simulated
 
     @property
-    def processes(self):
-        return self.size // self.local
+    def simulated(self):
+        return self.rank is None
 
     @property
-    def index(self):
-        """The place of this process among them, from 0."""
-        return self.first // self.local
+    def local(self):
+        """L, the number of ranks in this process."""
+        return self.size if self.simulated else 1
+
+    @property
+    def slices(self):
+        """Into how many slices a sharded parameter is cut."""
+        return 1 if self.simulated else self.size
 
 
 class AllReduces:
-    """How often f_op (backward) and g_op (forward) all-reduced the residual stream."""
+    """Residual-stream all-reduces: forward (by g_op), backward (by f_op)."""
 
     def __init__(self):
         self.forward = self.backward = 0
 
 
-counts = []                             # the open counts; every all-reduce adds to each of them
+open_counters = []  # every all-reduce of the stream adds to each of them
 
 
 @contextmanager
 def count_all_reduces():
-    """Counts what happens inside the `with`. It sees eager code only: a compiled graph carries no counter."""
-    counts.append(AllReduces())
+    """Count those inside the `with`. Eager only: a compiled graph is not instrumented."""
+    open_counters.append(AllReduces())
     try:
-        yield counts[-1]
+        yield open_counters[-1]
     finally:
-        counts.pop()
+        open_counters.pop()
 
 
 def compute_dtype(x):
-    """What a matmul of x is computed in, and its result sent in."""
+    """The dtype of matmuls on x, hence of the messages: autocast's if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class FOp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ranks, in_stream):
-        ctx.ranks, ctx.in_stream, ctx.dtype = ranks, in_stream, compute_dtype(x)
+    def forward(ctx, x, tp, counted):
+        ctx.tp, ctx.counted, ctx.dtype = tp, counted, compute_dtype(x)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):            # the hosted ranks' gradients arrive here already summed
-        for count in (counts if ctx.in_stream else ()):
-            count.backward += 1
-        if ctx.ranks.group is not None:
+    def backward(ctx, grad):
+        # autograd has summed over the local ranks (u was broadcast to them)
+        for counter in (open_counters if ctx.counted else ()):
+            counter.backward += 1
+        if not ctx.tp.simulated:
             message = grad.to(ctx.dtype, copy=True).contiguous()
-            dist.all_reduce(message, group=ctx.ranks.group)
+            dist.all_reduce(message, group=ctx.tp.group)
             grad = message.to(grad.dtype)
         return grad, None, None
 
 
 class GOp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, p, ranks, in_stream):
-        for count in (counts if in_stream else ()):
-            count.forward += 1
-        if ranks.group is None:
-            return p.view_as(p)
-        message = p.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(message, group=ranks.group)
+    def forward(ctx, partial, tp, counted):
+        for counter in (open_counters if counted else ()):
+            counter.forward += 1
+        if tp.simulated:
+            return partial.view_as(partial)
+        message = partial.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(message, group=tp.group)
         return message
 
     @staticmethod
@@ -111,219 +121,239 @@ class GOp(torch.autograd.Function):
         return grad, None, None
 
 
-def traced_away(ranks):
-    """
-    Compiled and simulated, f_op and g_op are the identity, without a counter. With one rank they always are.
-    """
-    return ranks.size == 1 or (ranks.group is None and torch.compiler.is_compiling())
+def is_identity(tp):
+    """True where f_op and g_op do nothing: one rank, or simulated under torch.compile, counters skipped."""
+    return tp.size == 1 or (tp.simulated and torch.compiler.is_compiling())
 
 
-def f_op(x, ranks, in_stream=True):
-    """Megatron's f: forward identity, backward all-reduce. x common, as the ranks are to read it."""
-    return x if traced_away(ranks) else FOp.apply(x, ranks, in_stream)
+def f_op(x, tp, counted=True):
+    """Megatron's f: forward identity, backward all-reduce. x replicated, about to be read by the ranks."""
+    return x if is_identity(tp) else FOp.apply(x, tp, counted)
 
 
-def g_op(p, ranks, in_stream=True):
-    """Megatron's g: forward all-reduce, backward identity. p partial -> common, of the same shape."""
-    return p if traced_away(ranks) else GOp.apply(p, ranks, in_stream)
+def g_op(partial, tp, counted=True):
+    """Megatron's g: forward all-reduce, backward identity. partial -> replicated, of the same shape."""
+    return partial if is_identity(tp) else GOp.apply(partial, tp, counted)
 
 
-class Share(torch.autograd.Function):
+class ScaleGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, p, processes):
-        ctx.processes = processes
+    def forward(ctx, p, divisor):
+        ctx.divisor = divisor
         return p.view_as(p)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad / ctx.processes, None
+        return grad / ctx.divisor, None
 
 
-def enter(p, ranks):
+def enter_stream(p, tp):
     """
-    What a replicated parameter p gives to the common stream. Every process computes its whole gradient, of
-    which it keeps its share, so that one sum over processes is right for these and for what a rank alone has
-    read.
+    Use a replicated parameter in c.
+
+    Its gradient there is already complete on every process, while what reaches it through u is one rank's
+    part. Scaling the first by 1/processes lets sum_replicated_gradients() add up both kinds.
     """
-    return p if p is None or ranks.group is None else Share.apply(p, ranks.processes)
+    return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
 
-# the sharded layers: one matmul for all hosted ranks where they share it, batched where they have drifted
+# sharded layers: one matmul for all ranks in this process while they read the same, batched once they drifted
+
+
+def drifted(x):
+    """True for (L, B, T, ...), each rank's own; False for (B, T, ...)."""
+    return x.dim() == 4
 
 
 class ColumnParallel(nn.Linear):
-    """Output features sharded: D a rank, or D of each of the `parts` matrices stacked in the weight."""
+    """Linear with its output features sharded, D per rank. parts=3 for c_attn: q, k, v each sharded alone."""
 
-    def __init__(self, in_features, out_features, config, ranks, parts=1):
-        super().__init__(in_features, out_features // ranks.processes, bias=config.bias)
-        self.ranks, self.parts = ranks, parts
+    def __init__(self, in_features, out_features, config, tp, parts=1):
+        super().__init__(in_features, out_features // tp.slices, bias=config.bias)
+        self.tp, self.parts = tp, parts
 
     def forward(self, u):
-        """
-        u common (B, T, C) -> parts x (B, T, L*D), ranks side by side; drifted (L, B, T, C) -> (L, B, T, D)
-        """
-        if u.dim() == 3:
+        """u replicated (B, T, C) -> parts x (B, T, L*D), ranks side by side; drifted -> (L, B, T, D)"""
+        if not drifted(u):
             return super().forward(u).chunk(self.parts, dim=-1)
-        out = torch.einsum('lbtc,lfc->lbtf', u, self.by_rank(self.weight))              # (L, B, T, parts*D)
+        out = torch.einsum('lbtc,lfc->lbtf', u, self.by_rank(self.weight))  # (L, B, T, parts*D)
         if self.bias is not None:
             out = out + self.by_rank(self.bias)[:, None, None]
         return out.chunk(self.parts, dim=-1)
 
     def by_rank(self, p):
-        """The rows of each rank, of all parts: (parts*L*D, ...) -> (L, parts*D, ...)"""
-        return p.unflatten(0, (self.parts, self.ranks.local, -1)).transpose(0, 1).flatten(1, 2)
+        """Each rank's rows of every part: (parts*L*D, ...) -> (L, parts*D, ...)"""
+        return p.unflatten(0, (self.parts, self.tp.local, -1)).transpose(0, 1).flatten(1, 2)
 
 
 class RowParallel(nn.Linear):
-    """
-    Input features sharded, D a rank. The product waits in a Partial until it is known if a sync follows.
-    """
+    """Linear with its input features sharded, D per rank. Its matmul is deferred, see RowProduct."""
 
-    def __init__(self, in_features, out_features, config, ranks):
-        super().__init__(in_features // ranks.processes, out_features, bias=config.bias)
-        self.ranks, self.dropout = ranks, config.dropout
+    def __init__(self, in_features, out_features, config, tp):
+        super().__init__(in_features // tp.slices, out_features, bias=config.bias)
+        self.tp, self.dropout = tp, config.dropout
 
     def forward(self, y):
-        """y (B, T, L*D), the ranks side by side, or (L, B, T, D) -> Partial"""
+        """y (B, T, L*D), ranks side by side, or drifted (L, B, T, D) -> RowProduct"""
         mask = None
         if self.training and self.dropout > 0:
             mask = dropout_mask((*y.shape[-3:-1], self.out_features), self.dropout, y)  # (B, T, C)
-        return Partial(y, mask, self)
+        return RowProduct(y, mask, self)
 
 
-class Partial(NamedTuple):
-    """What a sublayer adds to the stream: P_r = W_r y_r of each rank, kept apart or summed, and a bias."""
-    y: torch.Tensor                     # (B, T, L*D), the ranks side by side, or (L, B, T, D)
-    mask: torch.Tensor | None           # dropout (B, T, C), one for every rank's partial and for the bias
+class RowProduct(NamedTuple):
+    """
+    A sublayer's output before the sum over ranks, not yet multiplied: P_r = W_r y_r, and a bias.
+
+    Before a sync the sum over ranks is taken inside one matmul; otherwise each rank's product is needed.
+    """
+    y: torch.Tensor  # (B, T, L*D), ranks side by side, or drifted (L, B, T, D)
+    mask: torch.Tensor | None  # dropout (B, T, C), the same for every rank's P_r and for the bias
     proj: RowParallel
 
-    def each(self):
-        """P_r of every hosted rank: (L, B, T, C)."""
-        y, ranks = self.y, self.proj.ranks
-        if y.dim() == 3:
-            y = y.unflatten(-1, (ranks.local, -1)).permute(2, 0, 1, 3)                  # (L, B, T, D)
-        weight = self.proj.weight.unflatten(-1, (ranks.local, -1))                      # (C, L, D)
-        return self.drop(torch.einsum('lbtd,cld->lbtc', y, weight))
+    def per_rank(self):
+        """P_r of each local rank: (L, B, T, C)"""
+        y, L = self.y, self.proj.tp.local
+        if not drifted(y):
+            y = y.unflatten(-1, (L, -1)).permute(2, 0, 1, 3)  # (L, B, T, D)
+        weight = self.proj.weight.unflatten(-1, (L, -1))  # (C, L, D)
+        return self.dropped(torch.einsum('lbtd,cld->lbtc', y, weight))
 
-    def summed(self):
-        """sum_r P_r over the hosted ranks, the sum inside one matmul: partial (B, T, C)."""
-        y = self.y if self.y.dim() == 3 else self.y.permute(1, 2, 0, 3).flatten(2)      # (B, T, L*D)
-        return self.drop(F.linear(y, self.proj.weight))
+    def sum_over_ranks(self):
+        """sum_r P_r over the local ranks, inside one matmul: partial (B, T, C)"""
+        y = self.y.permute(1, 2, 0, 3).flatten(2) if drifted(self.y) else self.y  # (B, T, L*D)
+        return self.dropped(F.linear(y, self.proj.weight))
 
     def bias(self):
-        """Replicated, so it counts once: common, (C,) or under dropout (B, T, C). None without one."""
-        return None if self.proj.bias is None else self.drop(self.proj.bias)
+        """Replicated, (C,) or under dropout (B, T, C); it counts once. None without one."""
+        return None if self.proj.bias is None else self.dropped(self.proj.bias)
 
-    def drop(self, p):
-        return p if self.mask is None else p * self.mask.to(p.dtype)
+    def dropped(self, x):
+        return x if self.mask is None else x * self.mask.to(x.dtype)
 
 
 def dropout_mask(shape, p, like):
-    """Dropout's factors, 0 or 1/(1-p), drawn for all ranks alike whichever of them a process hosts."""
+    """Dropout's factors, 0 or 1/(1-p), drawn for all ranks alike whichever of them this process holds."""
     return F.dropout(torch.ones(shape, device=like.device), p)
 
 
-def plus(a, b):
-    """a + b, where a b of None is zero and costs nothing."""
+def add_optional(a, b):
+    """a + b; b may be None."""
     return a if b is None else a + b
 
 
 class Stream(NamedTuple):
     """
-    The residual stream. Rank r reads u_r = c + d_r.
+    The residual stream between two sublayers. Rank r reads u_r = c + d_r.
 
-    A stretch runs from one sync point to the next. It starts at u = f_op(c), made once; c itself is the skip
-    path. So a stretch has one all-reduce forward, in the sync that ends it, and one backward, in its f_op.
-
-    What a rank adds goes into its u, to be read, and into the sum that the sync will send: u's gradient is
-    then one running sum, where c + d_r for each reader would keep every reader's until the stretch's start.
+    Between two syncs, one all-reduce forward (in the closing sync) and one backward (in the opening f_op).
+    u = f_op(c) feeds the sublayers; c bypasses f_op as the skip path. P_r is added both to u, which later
+    sublayers read, and to d_sum, which the sync sends. (u = c + d_r recomputed per reader would keep one
+    gradient buffer per reader.)
     """
-    c: torch.Tensor                     # common (B, T, C)
-    u: torch.Tensor                     # common (B, T, C), drifted (L, B, T, C) once a rank has added its own
-    d_sum: torch.Tensor | None          # partial (B, T, C), sum_r d_r of the hosted ranks; None: nothing
-    ranks: Ranks
+    c: torch.Tensor  # replicated (B, T, C)
+    u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
+    d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r of the local ranks; None: nothing is apart
+    tp: TPGroup
+    merge: str = 'sum'  # of the ranks' additions at a sync: sum or mean
+    carry: Any = None  # whatever a block hands to a later one
 
-    @classmethod
-    def start(cls, c, ranks):
-        return cls(c, f_op(c, ranks), None, ranks)
+    def add(self, *products):
+        """d_r <- d_r + P_r of each RowProduct. No communication: the ranks drift apart."""
+        c, u, d_sum = self.c, self.u, self.d_sum
+        for product in products:
+            bias, P = product.bias(), product.per_rank().to(c.dtype)  # P drifted
+            # the bias, being replicated, goes to c. whole gradient in c, partial in u: so scaled in c only
+            c = add_optional(c, enter_stream(bias, self.tp))
+            u = add_optional(u + P, bias)
+            d_sum = add_optional(P.sum(0), d_sum)
+        return self._replace(c=c, u=u, d_sum=d_sum)
 
-    def add(self, partial):
-        """d_r <- d_r + P_r, and the bias into c. No communication: the ranks drift apart."""
-        bias, P = partial.bias(), partial.each().to(self.c.dtype)                       # P drifted
-        return self._replace(c=plus(self.c, enter(bias, self.ranks)), u=plus(self.u + P, bias),
-                             d_sum=plus(P.sum(0), self.d_sum))
-
-    def sync(self, partial=None):
-        """A sync point: c <- c + sum_r (d_r + P_r), in one all-reduce, and the bias; d <- 0."""
-        message, bias = self.d_sum, None                                        # partial (B, T, C)
-        if partial is not None:
-            message, bias = plus(partial.summed(), message), partial.bias()
-        c = self.c + g_op(message.to(compute_dtype(message)), self.ranks)
-        return self.start(plus(c, enter(bias, self.ranks)), self.ranks)
+    def sync(self, *products):
+        """c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Nothing if nothing is apart."""
+        addends = [product.sum_over_ranks() for product in products]  # partial (B, T, C) each
+        if self.d_sum is not None:
+            addends.append(self.d_sum)
+        if not addends:
+            return self
+        message = sum(addends[1:], start=addends[0])
+        if self.merge == 'mean':
+            message = message / self.tp.size
+        c = self.c + g_op(message.to(compute_dtype(message)), self.tp)
+        for product in products:
+            c = add_optional(c, enter_stream(product.bias(), self.tp))
+        return self._replace(c=c, u=f_op(c, self.tp), d_sum=None)
 
 
 # the sublayers, and the three blocks that differ in when they sync
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, ranks):
+    def __init__(self, config, tp):
         super().__init__()
-        self.c_attn = ColumnParallel(config.n_embd, 3 * config.n_embd, config, ranks, parts=3)
-        self.c_proj = RowParallel(config.n_embd, config.n_embd, config, ranks)
+        self.c_attn = ColumnParallel(config.n_embd, 3 * config.n_embd, config, tp, parts=3)
+        self.c_proj = RowParallel(config.n_embd, config.n_embd, config, tp)
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
-        self.dropout, self.ranks = config.dropout, ranks
+        self.dropout, self.tp = config.dropout, tp
 
     def forward(self, u):
-        """u common (B, T, C) or drifted (L, B, T, C) -> Partial"""
-        q, k, v = (self.heads(part) for part in self.c_attn(u))                         # (N, h, T, hd)
-        y = self.attend(q, k, v).transpose(1, 2)                                        # (N, T, h, hd)
+        """u replicated (B, T, C) or drifted (L, B, T, C) -> RowProduct"""
+        # a batch of B with the local ranks' heads side by side; drifted, a batch of L*B with H/R heads each
+        q, k, v = (self.split_heads(part) for part in self.c_attn(u))  # (B or L*B, heads, T, hd)
+        y = self.attend(q, k, v).transpose(1, 2)  # (B or L*B, T, heads, hd)
         return self.c_proj(y.reshape(*u.shape[:-1], -1))
 
-    def heads(self, part):
-        """(B, T, L*D) -> (B, H, T, hd), or (L, B, T, D) -> (L*B, H/R, T, hd)"""
+    def split_heads(self, part):
+        """(B, T, L*D) -> (B, heads, T, hd); drifted (L, B, T, D) -> (L*B, H/R, T, hd)"""
         T, heads = part.size(-2), part.size(-1) // self.head_size
         return part.reshape(-1, T, heads, self.head_size).transpose(1, 2)
 
     def attend(self, q, k, v):
-        """Causal softmax attention, scale 1/sqrt(hd). q, k, v and the result (N, h, T, hd)"""
+        """Causal softmax attention, scale 1/sqrt(hd). q, k, v and the result (B or L*B, heads, T, hd)"""
         if not (self.training and self.dropout > 0):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         # fused kernels draw masks of their own; these are drawn by head, so that no tp_size changes them
-        N, h, T, hd = q.shape
-        scores = q @ k.transpose(-1, -2) / math.sqrt(hd)                                # (N, h, T, T)
+        batch, heads, T, hd = q.shape
+        scores = q @ k.transpose(-1, -2) / math.sqrt(hd)  # (B or L*B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        hosted = self.n_head // self.ranks.processes
-        B = N * h // hosted
-        mask = dropout_mask((B, self.n_head, T, T), self.dropout, q).split(hosted, dim=1)[self.ranks.index]
-        mask = mask.view(B, N // B, h, T, T).transpose(0, 1).reshape(N, h, T, T)
+        held = self.n_head // self.tp.slices  # heads in this process, of all its ranks
+        B = batch * heads // held
+        mask = dropout_mask((B, self.n_head, T, T), self.dropout, q).split(held, dim=1)[self.tp.rank or 0]
+        mask = mask.view(B, batch // B, heads, T, T).transpose(0, 1).reshape(batch, heads, T, T)
         return (weights * mask.to(v.dtype)) @ v
 
 
 class MLP(nn.Module):
-    def __init__(self, config, ranks):
+    def __init__(self, config, tp):
         super().__init__()
-        self.c_fc = ColumnParallel(config.n_embd, 4 * config.n_embd, config, ranks)
-        self.c_proj = RowParallel(4 * config.n_embd, config.n_embd, config, ranks)
+        self.c_fc = ColumnParallel(config.n_embd, 4 * config.n_embd, config, tp)
+        self.c_proj = RowParallel(4 * config.n_embd, config.n_embd, config, tp)
 
     def forward(self, u):
-        """u common (B, T, C) or drifted (L, B, T, C) -> Partial"""
+        """u replicated (B, T, C) or drifted (L, B, T, C) -> RowProduct"""
         hidden, = self.c_fc(u)
         return self.c_proj(F.gelu(hidden))
 
 
-class Block(nn.Module):
-    """A layer of GPT-2. The three types below have the same parameters and differ in when they sync."""
+BLOCKS = {}  # block type -> class; each subclass of Block adds itself
 
-    def __init__(self, config, ranks):
+
+class Block(nn.Module):
+    """A layer of GPT-2. Its types have the same parameters and differ in when they sync."""
+
+    def __init_subclass__(cls, name):
+        BLOCKS[name] = cls
+
+    def __init__(self, config, tp):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config, ranks)
+        self.attn = CausalSelfAttention(config, tp)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config, ranks)
+        self.mlp = MLP(config, tp)
 
 
-class TPBlock(Block):
+class TPBlock(Block, name='tp'):
     """attention, sync, MLP, sync: Megatron-LM's layer. 2 sync points."""
 
     def forward(self, s):
@@ -331,7 +361,7 @@ class TPBlock(Block):
         return s.sync(self.mlp(self.ln_2(s.u)))
 
 
-class SPDBlock(Block):
+class SPDBlock(Block, name='spd'):
     """attention, MLP, sync: Sync-Point Drop. 1 sync point."""
 
     def forward(self, s):
@@ -339,7 +369,7 @@ class SPDBlock(Block):
         return s.sync(self.mlp(self.ln_2(s.u)))
 
 
-class ParallelBlock(Block):
+class ParallelBlock(Block, name='parallel'):
     """attention, MLP: the ranks drift apart until a later block syncs. Not PaLM's attention beside MLP."""
 
     def forward(self, s):
@@ -347,21 +377,19 @@ class ParallelBlock(Block):
         return s.add(self.mlp(self.ln_2(s.u)))
 
 
-BLOCKS = {'tp': TPBlock, 'spd': SPDBlock, 'parallel': ParallelBlock}
-
-
 @dataclass
 class GPTConfig:
-    """Raises ValueError, in one line, for a value that makes no model."""
+    """Hyperparameters of a model. ValueError if they do not fit together."""
     block_size: int = 1024
-    vocab_size: int = 50304             # 50257 rounded up to a multiple of 64
+    vocab_size: int = 50304  # 50257 rounded up to a multiple of 64
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False                  # in the linear layers and the LayerNorms
-    tp_size: int = 2                    # R; 1 is the dense control
-    block_types: list | None = None     # one of BLOCKS per layer; None: all 'tp'
+    bias: bool = False  # in the linear layers and the LayerNorms
+    tp_size: int = 2  # R; 1 is the dense control
+    block_types: list | None = None  # one of BLOCKS per layer; None: all 'tp'
+    merge: str = 'sum'  # of the ranks' additions at each sync; or 'mean'
 
     def __post_init__(self):
         if self.block_types is None:
@@ -372,7 +400,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout is {self.dropout}, it must be at least 0 and below 1')
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd is {self.n_embd}, not a multiple of n_head, {self.n_head}')
+            raise ValueError(f'n_embd is {self.n_embd}, it must be a multiple of n_head, {self.n_head}')
         if self.n_head % self.tp_size:
             raise ValueError(f'tp_size is {self.tp_size}, it must divide n_head, {self.n_head}')
         for i, name in enumerate(self.block_types):
@@ -380,16 +408,15 @@ class GPTConfig:
                 raise ValueError(f'block_types has {name!r} at layer {i}, not one of {", ".join(BLOCKS)}')
         if len(self.block_types) != self.n_layer:
             raise ValueError(f'block_types has {len(self.block_types)} entries, n_layer is {self.n_layer}')
+        if self.merge not in ('sum', 'mean'):
+            raise ValueError(f'merge is {self.merge!r}, it must be sum or mean')
 
 
-# a rank's shards of the parameters: sharded processes hold these under the dense names
+# a rank's slices of the parameters, which a sharded process holds under the dense names
 
 
 def sharding(name):
-    """
-    (dim, parts) of a sharded parameter: along dim, each of its stacked parts apart. None for a replicated
-    one.
-    """
+    """How a parameter is sharded: (dim, number of stacked matrices); None if replicated."""
     if 'c_attn' in name:
         return 0, 3
     if 'c_fc' in name:
@@ -397,56 +424,56 @@ def sharding(name):
     return (1, 1) if name.endswith('c_proj.weight') else None
 
 
-def take_shard(name, full, ranks):
-    """The hosted ranks' slice of a dense parameter, or of a tensor of its shape."""
-    if sharding(name) is None or ranks.group is None:
+def take_shard(name, full, tp):
+    """This process's slice of a dense parameter, or of a tensor of its shape."""
+    if sharding(name) is None or tp.simulated:
         return full
     dim, parts = sharding(name)
-    by_process = full.unflatten(dim, (parts, ranks.processes, -1))
-    return by_process.select(dim + 1, ranks.index).flatten(dim, dim + 1).contiguous()   # fused AdamW needs it
+    by_rank = full.unflatten(dim, (parts, tp.size, -1))
+    return by_rank.select(dim + 1, tp.rank).flatten(dim, dim + 1).contiguous()  # fused AdamW needs it
 
 
-def join_shards(name, shard, ranks):
-    """The dense tensor of which each process of the group has a slice, on all of them. A collective call."""
-    if sharding(name) is None or ranks.group is None:
+def join_shards(name, shard, tp):
+    """All-gather of the slices into the dense tensor. Collective."""
+    if sharding(name) is None or tp.simulated:
         return shard
     dim, parts = sharding(name)
-    shards = [torch.empty_like(shard) for _ in range(ranks.processes)]
-    dist.all_gather(shards, shard.contiguous(), group=ranks.group)
+    shards = [torch.empty_like(shard) for _ in range(tp.size)]
+    dist.all_gather(shards, shard.contiguous(), group=tp.group)
     return torch.stack([s.unflatten(dim, (parts, -1)) for s in shards], dim + 1).flatten(dim, dim + 2)
 
 
-def parallel_cross_entropy(x, weight, targets, ranks):
+def vocab_parallel_cross_entropy(x, weight, targets, tp):
     """
     Cross-entropy with the vocabulary sharded (Megatron-LM, section 3): no process sees another's logits.
 
-    x common (N, C), weight (V, C) of which this process reads its rows, targets (N,) -> the mean over those
-    not -1
+    x replicated (N, C), weight replicated (V, C), of which this process reads its rows, targets (N,)
+    -> the mean over the targets that are not -1
     """
-    V, n = weight.size(0), ranks.processes
-    low, high = V * ranks.index // n, V * (ranks.index + 1) // n
-    logits = F.linear(f_op(x, ranks, in_stream=False), weight[low:high])                # (N, V/R)
+    V = weight.size(0)
+    low, high = V * tp.rank // tp.size, V * (tp.rank + 1) // tp.size
+    logits = F.linear(f_op(x, tp, counted=False), weight[low:high])  # (N, V/R)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest = logits.detach().amax(-1)                                                  # (N,)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, ranks.group)
+    largest = logits.detach().amax(-1)  # (N,)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, tp.group)
     logits = logits - largest[:, None]
     here = (targets >= low) & (targets < high)
     target = logits.gather(-1, (targets - low).clamp(0, high - low - 1)[:, None]).squeeze(-1) * here
-    total, target = g_op(torch.stack((logits.exp().sum(-1), target)), ranks, in_stream=False)   # (N,) common
+    total, target = g_op(torch.stack((logits.exp().sum(-1), target)), tp, counted=False)  # replicated (N,)
     counted = targets != -1
     return ((total.log() - target) * counted).sum() / counted.sum()
 
 
 class GPT(nn.Module):
-    def __init__(self, config, ranks=None):
-        """ranks: those that this process hosts; None for all of them."""
+    def __init__(self, config, tp=None):
+        """tp: the TPGroup, if this process holds one rank of it. None: simulate all ranks."""
         super().__init__()
         self.config = config
-        self.ranks = ranks or Ranks(config.tp_size, config.tp_size)
+        self.tp = tp or TPGroup(config.tp_size)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(BLOCKS[name](config, self.ranks) for name in config.block_types),
+            h=nn.ModuleList(BLOCKS[name](config, self.tp) for name in config.block_types),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -473,43 +500,43 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         """
-        idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, loss): the mean cross-entropy,
-        in nats a token, over the targets that are not -1.
+        idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, loss)
+
+        loss: the mean cross-entropy, in nats per token, over the targets that are not -1.
         """
         T = idx.size(1)
         assert T <= self.config.block_size, f'{T} tokens, block_size is {self.config.block_size}'
         c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
-        c = F.dropout(enter(c, self.ranks), self.config.dropout, self.training)         # common (B, T, C)
-        stream = Stream.start(c, self.ranks)
+        c = F.dropout(enter_stream(c, self.tp), self.config.dropout, self.training)  # replicated (B, T, C)
+        stream = Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge)
         for block in self.transformer.h:
             stream = block(stream)
-        if stream.d_sum is not None:
-            stream = stream.sync()
+        stream = stream.sync()
         ln_f = self.transformer.ln_f
-        weight, bias = enter(ln_f.weight, self.ranks), enter(ln_f.bias, self.ranks)
-        x = F.layer_norm(stream.c, ln_f.normalized_shape, weight, bias, ln_f.eps)       # common (B, T, C)
+        weight, bias = enter_stream(ln_f.weight, self.tp), enter_stream(ln_f.bias, self.tp)
+        x = F.layer_norm(stream.c, ln_f.normalized_shape, weight, bias, ln_f.eps)  # replicated (B, T, C)
         if targets is None:
-            return F.linear(x, enter(self.lm_head.weight, self.ranks)), None
-        return None, self.cross_entropy(x.flatten(0, 1), targets.flatten())
+            return F.linear(x, enter_stream(self.lm_head.weight, self.tp)), None
+        x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        if self.tp.simulated:
+            return None, F.cross_entropy(self.lm_head(x), targets, ignore_index=-1)
+        return None, vocab_parallel_cross_entropy(x, self.lm_head.weight, targets, self.tp)
 
-    def cross_entropy(self, x, targets):
-        """x common (B*T, C), targets (B*T,) -> the mean over the targets that are not -1"""
-        if self.ranks.group is None:
-            return F.cross_entropy(self.lm_head(x), targets, ignore_index=-1)
-        return parallel_cross_entropy(x, self.lm_head.weight, targets, self.ranks)
-
-    def shard(self, ranks):
-        """This dense network as one process of a tensor-parallel group holds it."""
-        sharded = GPT(self.config, ranks)
+    def shard(self, tp):
+        """A copy of this dense model with only this process's slices."""
+        sharded = GPT(self.config, tp)
         sharded.load_dense(self.state_dict())
+        for p, mine in zip(self.parameters(), sharded.parameters()):
+            mine.requires_grad_(p.requires_grad)
         return sharded
 
     def sum_replicated_gradients(self):
-        """Replicated parameters' gradients, summed over the processes of the group in one flat all-reduce."""
-        if self.ranks.group is not None:
-            grads = [p.grad for name, p in self.named_parameters() if sharding(name) is None]
+        """Sum replicated parameters' gradients over the ranks, in one flat all-reduce."""
+        if not self.tp.simulated:
+            grads = [p.grad for name, p in self.named_parameters()
+                     if sharding(name) is None and p.grad is not None]
             flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=self.ranks.group)
+            dist.all_reduce(flat, group=self.tp.group)
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(
                 flat.split([grad.numel() for grad in grads]), grads)])
 
@@ -517,27 +544,26 @@ class GPT(nn.Module):
         """The norm of the dense network's gradient, each parameter counted once. A 0-dim tensor."""
         sharded, replicated = [], []
         for name, p in self.named_parameters():
-            (replicated if sharding(name) is None else sharded).append(p.grad)
+            if p.grad is not None:
+                (replicated if sharding(name) is None else sharded).append(p.grad)
         norms = torch.stack((get_total_norm(sharded), get_total_norm(replicated)))
-        if self.ranks.group is None:
+        if self.tp.simulated:
             return norms.norm()
         squares = norms.square()
-        dist.all_reduce(squares[:1], group=self.ranks.group)
+        dist.all_reduce(squares[:1], group=self.tp.group)
         return squares.sum().sqrt()
 
     def load_dense(self, state):
-        """Loads a dense state_dict, of which a sharded process keeps its slices."""
-        self.load_state_dict({name: take_shard(name, full, self.ranks) for name, full in state.items()})
+        """Load a dense state_dict; a sharded process takes its slices."""
+        self.load_state_dict({name: take_shard(name, full, self.tp) for name, full in state.items()})
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """
-        idx (B, T) -> (B, T + max_new_tokens), each sampled given at most the block_size tokens before it.
-        """
+        """idx (B, T) -> (B, T + max_new_tokens), each token sampled given at most block_size before it."""
         training = self.training
         self.eval()
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature    # (B, V)
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -553,13 +579,14 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def num_params(self):
-        """All parameters, the tied head's once."""
+        """Parameter count; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
         """
-        Forward and backward, by PaLM's count (arXiv 2204.02311, appendix B): 6 for each parameter but wpe's,
-        and 12 n_layer n_embd T for attention, as if it were not causal. Every block type does the same work.
+        Forward and backward, by PaLM's count (arXiv 2204.02311, appendix B), the same for every block type.
+
+        6 for each parameter but wpe's, and 12 n_layer n_embd T for attention, as if it were not causal.
         """
         parameters = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * parameters + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size

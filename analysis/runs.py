@@ -19,8 +19,6 @@ from types import NoneType
 
 from configurator import HOUSEKEEPING, fail, pattern, read_defaults
 
-VARIED = {'seed', 'block_types', 'tp_size'}     # what the experiment varies; the rest is the recipe
-NEEDED = {'name', 'state', 'config', 'corpus', 'communications', 'all_reduces', 'parameters'}  # of a run.json
 TOKENS = {'byte': 'byte', 'char': 'character', 'gpt2': 'GPT-2'}
 
 SPIKE_LINES = 10
@@ -28,44 +26,6 @@ SPIKE = (f'a logged training loss above the highest of the {SPIKE_LINES} logged 
          'spread, the highest minus the lowest')
 
 # reading
-
-
-def read_metrics(path):
-    """
-    The two kinds of lines of a metrics.jsonl, as {iter: line}: evaluations, log lines.
-
-    A line is a JSON object with a whole number as its `iter` and numbers or nulls as its other values, or
-    lists of them where it tells the drift. A run that was killed may leave half a line at the end, which is
-    dropped. Any other broken line ends the program.
-    """
-    evals, logs = {}, {}
-    lines = path.read_bytes().split(b'\n') if path.exists() else []
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            values = [value for key, found in line.items()
-                      for value in (found if key.startswith('drift') else [found])]
-            if type(line['iter']) is not int or not set(map(type, values)) <= {int, float, NoneType}:
-                raise ValueError
-            (evals if 'val_loss' in line else logs)[line['iter']] = line
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number < len(lines):     # the last has no newline after it: it was being written
-                fail(f'{path} line {number} is broken: {text[:60].decode(errors="replace")}')
-    return evals, logs
-
-
-def read_info(path):
-    """A run.json as a dict. Ends the program where it lacks what a comparison needs."""
-    try:
-        info = json.loads(path.read_bytes())
-        missing = NEEDED - info.keys()
-    except (ValueError, AttributeError):
-        fail(f'{path} is not JSON as train.py writes it: move the folder away, or train it again')
-    if missing:
-        fail(f'{path} lacks {", ".join(sorted(missing))}: it was not written by this train.py')
-    return info
 
 
 @dataclass(eq=False)
@@ -170,21 +130,6 @@ def read_run(folder):
     return run
 
 
-def find_runs(paths):
-    """The run folders among the paths, or right under them, and the paths that hold none."""
-    def is_run(folder):
-        return any((folder / name).exists() for name in ('run.json', 'metrics.jsonl', 'log.txt'))
-
-    found, empty = {}, []
-    for path in paths:
-        if not path.exists():
-            fail(f'{path} does not exist: name run folders, or folders that hold them')
-        inside = [path] if is_run(path) else sorted(p for p in path.glob('*') if is_run(p))
-        found |= dict.fromkeys(inside)
-        empty += [] if inside else [path]
-    return list(found), empty
-
-
 def read_wandb(project, api):
     """
     The training runs of a W&B project, 'entity/project', with what they logged there. api: a wandb.Api
@@ -216,14 +161,6 @@ def read_wandb(project, api):
 
 
 # what may be compared with what
-
-
-def recipe(config):
-    """What two runs must share of their configs before their losses may be compared, as a dict."""
-    shared = {key: value for key, value in config.items() if key not in VARIED | HOUSEKEEPING}
-    # 12 x 40 and 8 x 60 are the same step
-    shared['windows per step'] = shared.pop('batch_size') * shared.pop('gradient_accumulation_steps')
-    return shared
 
 
 def settings(run):

@@ -34,7 +34,8 @@ n_embd: int = 768                           # width of the residual stream
 dropout: float = 0.0                        # of embeddings, attention and sublayers' outputs
 bias: bool = False                          # biases in linear layers and LayerNorms
 tp_size: int = 2                            # tensor-parallel ranks, R; 1 is the dense control
-block_types: list | None = None             # tp, spd or parallel a layer, or a pattern: tp,spd,spd; None: tp
+block_types: list | None = None             # a type for each layer, or a pattern: tp,spd,spd; None: tp
+merge: Literal['sum', 'mean'] = 'sum'       # of what the ranks added, at each sync
 
 # optimizer
 learning_rate: float = 6e-4                 # the highest, after warmup

@@ -1,63 +1,45 @@
 """
-What a run keeps in its folder so that nothing is lost: files that are whole or absent, the lock, the
-checkpoints.
+Checkpoints: dense weights and moments, written by a thread so that at every moment a whole one is there.
 
     ckpt.pt             the latest
     ckpt-previous.pt    the one before it
     ckpt-best.pt        the best validation loss
     ckpt-STEP.pt        those that keep_checkpoints asks for
-    run.json            what the run is and how it stands
 """
 
-import fcntl
-import json
+import math
 import os
 import shutil
-import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
-from data.corpus import atomic_write
+from configurator import complete, differences
+from model import join_shards, take_shard
+from training.distributed import broadcast
+from training.logger import finite
+from training.rundir import LATEST, atomic_write, write_json
 
-
-LATEST = ('ckpt-new.pt', 'ckpt.pt', 'ckpt-previous.pt')    # ckpt-new.pt is there for a moment, and whole
 KEYS = {'model', 'optimizer', 'scaler', 'iter', 'config', 'vocab_size', 'corpus', 'progress'}
-held = []                               # open files whose locks last as long as the process
 
 
-def write_json(path, value):
-    with atomic_write(Path(path)) as file:
-        file.write(json.dumps(value, indent=1).encode() + b'\n')
+@dataclass
+class Progress:
+    """Where a run stands: with weights and moments, all that an exact resume needs."""
+    iter: int = 0  # updates made
+    evaluated: int = -1  # step of the last evaluation
+    val_loss: float | None = None  # what it gave
+    best_val_loss: float = math.inf
+    skipped: int = 0  # updates without a finite gradient, in all
+    seconds: float = 0.0  # of training, evaluations included, over all resumes
+    metrics_bytes: int = 0  # the size of metrics.jsonl, every line of which holds
+    wandb_id: str | None = None
 
 
-def read_info(path):
-    """
-    run.json's object, or None where there is no file. Raises ValueError, in one line, for a damaged one.
-    """
-    try:
-        info = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is damaged: {error}') from error
-    kinds = dict(name=str, state=str, iter=int, val_loss=float | int | None, config=dict)
-    if not isinstance(info, dict) or not kinds.keys() <= info.keys() \
-            or not all(isinstance(info[key], kind) for key, kind in kinds.items()):
-        raise ValueError(f'{path} is not a run.json that train.py wrote')
-    return info
-
-
-def lock(out_dir):
-    """Takes the folder until this process ends or dies. Raises ValueError where another process has it."""
-    held.append(open(Path(out_dir) / 'lock', 'w'))
-    for _ in range(20):                 # sweep.py holds it for an instant, to see whether anybody does
-        try:
-            return fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-    raise ValueError(f'out_dir is {out_dir}, which another run is using now')
+# files
 
 
 def kept(out_dir):
@@ -65,19 +47,14 @@ def kept(out_dir):
     return sorted(Path(out_dir).glob('ckpt-[0-9]*.pt'))
 
 
-def exists(out_dir):
-    """Whether a save was ever finished. A lone ckpt-new.pt is from a first one that was killed at its end."""
-    return any((Path(out_dir) / name).exists() for name in LATEST[1:])
-
-
-def name_too(path, name):
-    """Gives a file another name in its folder, whose earlier file goes."""
+def link_as(path, name):
+    """Hard-link under a second name, replacing what was there (copy if the file system has no links)."""
     other = path.with_name(name)
     temporary = path.with_name(f'{name}.tmp')
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)        # takes no room of its own
-    except OSError:                     # not every file system has second names
+        os.link(path, temporary)  # takes no space of its own
+    except OSError:
         with open(path, 'rb') as file, atomic_write(other) as copy:
             shutil.copyfileobj(file, copy)
     else:
@@ -86,19 +63,19 @@ def name_too(path, name):
 
 def save(out_dir, state, best, keep):
     """
-    Writes ckpt.pt, keeping the one before as ckpt-previous.pt; ckpt-best.pt where this is the best so far;
-    with keep > 0 ckpt-STEP.pt, of which so many before this one stay.
+    Write ckpt.pt, keeping the one before as ckpt-previous.pt; ckpt-best.pt if this is the best so far; if
+    keep > 0 also ckpt-STEP.pt, and keep the last `keep` of those besides this one.
 
     Whenever the process is killed, a file that is there is whole, and from the end of the first call on one
-    of LATEST is there. ckpt.pt is named last: a run that goes on from it will not write the others again.
+    of LATEST is there. ckpt.pt is named last: a run that resumes from it will not write the others again.
     """
     folder = Path(out_dir)
     latest, new, previous = folder / 'ckpt.pt', folder / 'ckpt-new.pt', folder / 'ckpt-previous.pt'
     first, *others = ['ckpt-best.pt'] * best + [f'ckpt-{state["iter"]:08}.pt'] * (keep > 0) + [new.name]
     with atomic_write(folder / first) as file:
-        torch.save(state, file)         # into a file of Python's: while it writes, other threads can run
+        torch.save(state, file)  # to a Python file: other threads can run while it writes
     for name in others:
-        name_too(folder / first, name)
+        link_as(folder / first, name)
     if latest.exists():
         os.replace(latest, previous)
     os.replace(new, latest)
@@ -111,16 +88,16 @@ def load(path):
     """
     A checkpoint: a dict of tensors, numbers and strings, on the CPU. No code in it is ever run.
 
-    Raises FileNotFoundError, or ValueError in one line where it cannot be read.
+    Raises FileNotFoundError, or ValueError in one line if it cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as parts:
-            broken = parts.testzip()    # torch.load does not look at the checksums
+            broken = parts.testzip()  # torch.load does not look at the checksums
         saved = None if broken else torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:          # it fails in the unpickler, the zip reader or a tensor's storage
-        raise ValueError(f'{path} is damaged: {type(error).__name__}') from error
+    except Exception as error:  # it fails in the unpickler, the zip reader or a tensor's storage
+        raise ValueError(f'{path} is damaged: {type(error).__name__}') from None
     if broken:
         raise ValueError(f'{path} is damaged: {broken}')
     if not isinstance(saved, dict) or not KEYS <= saved.keys():
@@ -130,10 +107,11 @@ def load(path):
 
 def load_latest(out_dir, warn):
     """
-    (path, checkpoint) of the latest that can be read; warn(line) names those that are damaged. Raises
-    ValueError where there is none.
+    (path, checkpoint) of the latest that can be read; warn(line) names those that are damaged.
+
+    Raises ValueError if there is none.
     """
-    for path in [*(Path(out_dir) / name for name in LATEST), *reversed(kept(out_dir))]:     # the latest first
+    for path in [*(Path(out_dir) / name for name in LATEST), *reversed(kept(out_dir))]:  # the latest first
         try:
             return path, load(path)
         except FileNotFoundError:
@@ -141,3 +119,161 @@ def load_latest(out_dir, warn):
         except ValueError as error:
             warn(str(error))
     raise ValueError(f'{out_dir} has no checkpoint that can be read')
+
+
+# what is in them
+
+
+def optimized_names(net):
+    """The parameters' names in the order in which the optimizer's state numbers them."""
+    names = {id(p): name for name, p in net.raw_model.named_parameters()}
+    return [names[id(p)] for group in net.optimizer.param_groups for p in group['params']]
+
+
+def dense_state(net):
+    """A copy of the dense model's and optimizer's state, on the CPU. Collective if sharded."""
+    def dense(name, tensor):
+        whole = join_shards(name, tensor.detach(), net.raw_model.tp) if tensor.dim() else tensor
+        return whole.to('cpu', copy=True)
+
+    weights = {name: dense(name, p) for name, p in net.raw_model.named_parameters()}
+    weights['lm_head.weight'] = weights['transformer.wte.weight']  # one tensor, so that a file holds it once
+    state, names = net.optimizer.state_dict(), optimized_names(net)
+    moments = {i: {key: dense(names[i], value) for key, value in entry.items()}
+               for i, entry in state['state'].items()}
+    return dict(model=weights, optimizer=dict(state, state=moments))
+
+
+def load_dense_state(net, saved):
+    """
+    Load what dense_state gave; a sharded process takes its slices. The optimizer keeps its own weight decay
+    and betas, and has no moments of a parameter that no block uses.
+
+    Raises ValueError and the like if it does not fit.
+    """
+    def mine(name, key, tensor):
+        scalar = key == 'step'
+        if tensor.shape != (() if scalar else saved['model'][name].shape):
+            raise ValueError(f'{key} of {name} has the shape {tuple(tensor.shape)}')
+        return tensor if scalar else take_shard(name, tensor, net.raw_model.tp)
+
+    net.raw_model.load_dense(saved['model'])
+    state, names = saved['optimizer']['state'], optimized_names(net)
+    if not state.keys() <= set(range(len(names))) \
+            or any(entry.keys() != {'step', 'exp_avg', 'exp_avg_sq'} for entry in state.values()):
+        raise ValueError("the optimizer's state is not that of AdamW for this network")
+    moments = {i: {key: mine(names[i], key, value) for key, value in entry.items()}
+               for i, entry in state.items()}
+    net.optimizer.load_state_dict(dict(net.optimizer.state_dict(), state=moments))
+
+
+def resume(net, config, corpus):
+    """
+    Load the newest readable checkpoint of out_dir into net. Returns (its Progress, the step of ckpt.pt if that
+    is it, messages to log).
+
+    Raises ValueError, in one line, if none fits.
+    """
+    messages = []
+    path, saved = load_latest(config.out_dir, messages.append)
+    network = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'}
+
+    def identity(keys, vocab_size, corpus):
+        return dict(keys, vocab_size=vocab_size, train_tokens=corpus['splits']['train']['tokens'],
+                    val_sha256=corpus['splits']['val']['sha256'])
+
+    try:
+        theirs = identity(complete(saved['config']), saved['vocab_size'], saved['corpus'])
+        ours = identity(vars(config), net.raw_model.config.vocab_size, corpus.meta)
+        changed = differences(theirs, ours)
+        if network & changed.keys():
+            raise ValueError(', '.join(f'{key} is {here} here, {there} there'
+                                       for key, (there, here) in changed.items() if key in network))
+        state = Progress(**saved['progress'])
+        for field in fields(Progress):
+            if not isinstance(getattr(state, field.name), field.type):
+                raise ValueError(f'{field.name} is {getattr(state, field.name)!r:.40}')
+        if state.iter > config.max_iters:
+            raise ValueError(f'max_iters is {config.max_iters}, it is at step {state.iter} already')
+        load_dense_state(net, saved)
+        net.scaler.load_state_dict(saved['scaler'])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f'{path} does not fit this run: {error}') from None
+    messages += [f'warning: {key} was {there} up to step {state.iter}, it is {here} from here on'
+                 for key, (there, here) in changed.items()]
+    messages.append(f'resuming from {path} at step {state.iter}')
+    return state, state.iter if path.name == 'ckpt.pt' else None, messages
+
+
+# writing them while training goes on
+
+
+class Writer:
+    """
+    Writes a run's checkpoints, in a thread, and its run.json; files come from rank 0 alone.
+
+        with Writer(...) as writer:  # run.json says running; or failed, if the block raises
+            writer.save()
+            finished = writer.finish()  # it says finished, or resumable
+    """
+
+    def __init__(self, net, state, info, log, config, corpus, world, saved=None):
+        """saved: the step of the ckpt.pt that is there already"""
+        self.net, self.state, self.info, self.log = net, state, info, log
+        self.config, self.corpus, self.world, self.saved = config, corpus, world, saved
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        self.note('running')
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            self.note('failed')
+
+    def save(self, best=False):
+        """Write a checkpoint. Training waits for a copy on the CPU only. Collective if sharded."""
+        self.wait()  # one copy at a time
+        saved = dense_state(self.net) if self.world.ddp_rank == 0 else None
+        if not self.world.rank0:
+            return
+        self.state.metrics_bytes = self.log.size()
+        self.state.wandb_id = self.log.wandb.id if self.log.wandb else self.state.wandb_id
+        saved.update(
+            scaler=self.net.scaler.state_dict(), iter=self.state.iter, progress=asdict(self.state),
+            config=vars(self.config), vocab_size=self.net.raw_model.config.vocab_size, corpus=self.corpus.meta)
+        self.pending = self.thread.submit(self.write, saved, best)
+
+    def write(self, saved, best):
+        """In the thread. A failed write is logged, training continues."""
+        try:
+            self.log.flush()  # the lines that a checkpoint counts on are on the disk before it
+            save(self.config.out_dir, saved, best, self.config.keep_checkpoints)
+            self.saved = saved['iter']
+        except (OSError, RuntimeError) as error:  # torch.save wraps OSError in RuntimeError
+            self.log.say(f'warning: no checkpoint at step {saved["iter"]}, {error}; the last one is intact')
+
+    def wait(self):
+        """Wait for the checkpoint that is being written, if any."""
+        if self.pending:
+            self.pending.result()
+
+    def finish(self):
+        """Write run.json for the end of the run. True if all of it is done and saved. Collective."""
+        self.wait()
+        done = self.saved == self.state.iter and self.state.evaluated == self.config.max_iters
+        # all leave together: torchrun terminates the others once one has left
+        finished = broadcast(done, self.world)
+        self.note('finished' if finished else 'resumable')
+        return finished
+
+    def note(self, status):
+        """Write run.json, after the checkpoints that it speaks of. status: running, finished, resumable, failed"""
+        self.wait()
+        if self.world.rank0:
+            state = self.state
+            self.info.update(state=status, iter=state.iter, val_loss=finite(state.val_loss), seconds=state.seconds)
+            try:
+                write_json(f'{self.config.out_dir}/run.json', self.info)
+            except OSError as error:
+                self.log.say(f'warning: run.json does not say that the run is {status}: {error}')

@@ -8,7 +8,7 @@ How far apart the ranks' residual streams are, sublayer by sublayer: what a clif
 import torch
 import torch.nn.functional as F
 
-from model import plus
+from model import add_optional
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def measure_drift(model, idx):
     for block in model.transformer.h:
         hooks.append(block.register_forward_pre_hook(lambda _, args: see(args[0].c, args[0].u)))
         hooks.append(block.ln_2.register_forward_pre_hook(      # c as the block's attention has left it
-            lambda _, args, block=block: see(plus(seen[-1][0], block.attn.c_proj.bias), args[0])))
+            lambda _, args, block=block: see(add_optional(seen[-1][0], block.attn.c_proj.bias), args[0])))
     hooks.append(model.transformer.h[-1].register_forward_hook(lambda *call: see(call[-1].c, call[-1].u)))
     training = model.training
     model.eval()

@@ -1,5 +1,5 @@
 """
-What a run says while it runs: metrics.jsonl always, plain lines or a progress bar on the terminal, W&B where
+What a run says while it runs: metrics.jsonl always, plain lines or a progress bar on the terminal, W&B if
 wanted.
 """
 
@@ -7,13 +7,18 @@ import json
 import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+
+from configurator import fail
+from training.distributed import peak_flops
 
 # of run.json, beside the config: what dashboards filter and plot by
 TRACKED = {'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus'}
-CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}   # W&B's names, where they are not ours
+CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}  # W&B's names, if they are not ours
 
 
 def finite(value):
@@ -23,74 +28,114 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def introduction(info):
+    """The head of a log: what made this run. info: run.json's contents."""
+    reduced = info['all_reduces']
+    versions = ', '.join(f'{name} {version}' for name, version in info['versions'].items())
+    return [f'{info["name"]} -> {info["config"]["out_dir"]}',
+            f'{info["parameters"]:,} parameters, {info["communications"]} communications '
+            f'({reduced["forward"]} all-reduces forward, {reduced["backward"]} backward)',
+            f'{info["corpus"]["corpus"]}, {info["tokens_per_step"]:,} tokens a step',
+            f'{info["processes"]} x {info["device"]}, {versions}, commit {info["git_commit"]}',
+            f'config: {json.dumps(info["config"])}']
+
+
 class Log:
-    """
-    The first process's log; the others' is silent.
+    """Does nothing except on rank 0."""
 
-    info: run.json's contents. kept: the bytes of an earlier metrics.jsonl that still hold; what a run wrote
-    after its last checkpoint it will write again. wandb_id: of the W&B run to go on with, if any.
-    """
-
-    def __init__(self, config, first, info, start, kept, wandb_id):
-        self.first, self.wandb = first, None
-        if first:
-            self.bar = tqdm(total=config.max_iters, initial=start, unit='step',
-                            disable=not sys.stderr.isatty())
-            self.metrics = self.open_metrics(Path(config.out_dir) / 'metrics.jsonl', kept)
-            if config.wandb_log:
-                self.start_wandb(config, info, wandb_id)
+    def __init__(self, config, world, info, state):
+        """
+        info: run.json's contents. state: the run's Progress; its metrics_bytes are how much of metrics.jsonl
+        holds, the rest will be written again. Ends the program if the file cannot be written.
+        """
+        self.world, self.info, self.config, self.wandb = world, info, config, None
+        self.timed = []  # seconds of each step since the last line
+        if not world.rank0:
+            return
+        self.bar = tqdm(total=config.max_iters, initial=state.iter, unit='step',
+                        disable=not sys.stderr.isatty())
+        try:
+            self.metrics = self.open_metrics(Path(config.out_dir) / 'metrics.jsonl', state.metrics_bytes)
+        except OSError as error:
+            fail(f'{error.filename} cannot be written: {error.strerror}')
+        if config.wandb_log:
+            self.start_wandb(state.wandb_id)
 
     def open_metrics(self, path, kept):
-        """The file, cut to `kept` bytes: a run writes again what it wrote after its last checkpoint."""
+        """The file, cut to `kept` bytes."""
         path.touch()
         found = path.read_bytes()[:kept]
         found = found[:found.rfind(b'\n') + 1]
-        if len(found) < kept:           # somebody changed it: what is left of it ends with a whole line
+        if len(found) < kept:  # somebody changed it: what is left of it ends with a whole line
             self.say(f'warning: {path} is not as the last checkpoint left it; lines may be lost')
         metrics = open(path, 'r+b')
         metrics.truncate(len(found))
         metrics.seek(len(found))
         return metrics
 
-    def say(self, words):
-        """One line for people."""
-        if self.first:
-            self.bar.write(' '.join(words.split()), file=sys.stdout)
+    def say(self, *lines):
+        """Lines for people."""
+        if self.world.rank0:
+            for line in lines:
+                self.bar.write(' '.join(line.split()), file=sys.stdout)
             sys.stdout.flush()
 
     def write(self, **line):
         """One line of metrics, for programs."""
-        if not self.first:
+        if not self.world.rank0:
             return
         line = {key: finite(value) for key, value in line.items()}
         try:
             self.metrics.write(json.dumps(line).encode() + b'\n')
             self.metrics.flush()
-        except OSError as error:        # what could not be written stays buffered, and goes with a later line
+        except OSError as error:  # what could not be written stays buffered, and goes with a later line
             self.say(f'warning: metrics.jsonl cannot be written now: {error}')
         if self.wandb:
             charts = {CHARTS.get(key, key): value for key, value in line.items()}
             self.guard_wandb(lambda: self.wandb.log(charts))
 
-    def size(self):
-        """The bytes of all metrics so far, whether they are on the disk or on their way."""
-        return self.metrics.tell()
+    def step(self, state, loss, norm, lr):
+        """A log line: the last step's loss, gradient norm and rate, and the speed since the line before."""
+        config, info, cuda = self.config, self.info, self.world.device.type == 'cuda'
+        seconds = sum(self.timed) / len(self.timed)
+        speed = info['tokens_per_step'] / seconds
+        peak = peak_flops(info['device'], config.dtype)
+        mfu = peak and speed * info['flops_per_token'] / (peak * self.world.processes)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        self.timed = []
+        self.write(iter=state.iter, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_sec=speed, mfu=mfu,
+                   peak_memory_gib=memory, skipped=state.skipped)
+        left = timedelta(seconds=round(seconds * (config.max_iters - state.iter)))
+        words = [f'train {loss:.4f}', f'lr {lr:.2e}', f'grad norm {norm:.2f}', f'{speed:,.0f} tokens/s']
+        if mfu:
+            words.append(f'mfu {mfu:.1%}')
+        self.progress(state.iter, config.max_iters, ' | '.join([*words, f'{left} left']))
 
-    def flush(self):
-        """Puts the metrics on the disk. Raises OSError where it does not take them."""
-        self.metrics.flush()
-        os.fsync(self.metrics.fileno())
+    def evaluation(self, state, tokens, best, extras):
+        """A line for an evaluation over so many tokens. extras: further entries of the metrics line."""
+        self.write(iter=state.iter, val_loss=state.val_loss, val_tokens=tokens, **extras)
+        note = ' (best)' if best else ''
+        self.say(f'step {state.iter}: val loss {state.val_loss:.4f} over {tokens:,} tokens{note}')
 
     def progress(self, step, total, words):
-        """How far the run is: on the bar where there is one, else as a line."""
-        if self.first and self.bar.disable:
+        """How far the run is: on the bar if there is one, else as a line."""
+        if self.world.rank0 and self.bar.disable:
             self.say(f'step {step}/{total} | {words}')
-        elif self.first:
+        elif self.world.rank0:
             self.bar.set_postfix_str(words, refresh=False)
             self.bar.update(step - self.bar.n)
 
+    def size(self):
+        """The bytes of all metrics so far, whether on the disk or in the buffer."""
+        return self.metrics.tell()
+
+    def flush(self):
+        """Put the metrics on the disk. Raises OSError if it refuses them."""
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+
     def close(self, exit_code):
-        if self.first:
+        if self.world.rank0:
             self.bar.close()
             try:
                 self.metrics.close()
@@ -99,16 +144,15 @@ class Log:
             if self.wandb:
                 self.guard_wandb(lambda: self.wandb.finish(exit_code))
 
-    def start_wandb(self, config, info, wandb_id):
-        """
-        Opens the W&B run, or goes on with the one of that id. Without a key it runs offline and never asks.
-        """
+    def start_wandb(self, wandb_id):
+        """Open the W&B run, or resume the one of that id. Without a key it runs offline and never asks."""
+        config, info = self.config, self.info
         os.environ.setdefault('WANDB_SILENT', 'true')
         # its service starts slowly on a busy machine, and W&B would give up after 30 s, for the whole run
         os.environ.setdefault('WANDB_X_SERVICE_WAIT', '300')
         try:
             import wandb
-            mode = None                 # W&B's own choice
+            mode = None  # W&B's own choice
             if 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False):
                 mode = 'offline'
                 self.say('warning: W&B has no key here and runs offline; after `wandb login`, '
@@ -119,16 +163,15 @@ class Log:
                 project=config.wandb_project, name=config.wandb_run_name, config=tracked, dir=config.out_dir,
                 mode=mode, id=wandb_id, resume='allow', group=info['corpus']['name'], job_type='train')
             self.wandb.define_metric('iter')
-            # W&B drops what comes at a lower step of its own than it has seen; plotted against iter, nothing
-            # is lost
+            # W&B drops what is logged at a lower step of its own than it has seen; against iter nothing is lost
             self.wandb.define_metric('*', step_metric='iter')
             self.wandb.define_metric('val/loss', step_metric='iter', summary='min,last')
-        except Exception as error:
+        except Exception as error:  # training needs no W&B, however it fails
             self.say(f'warning: W&B is off for this run, {type(error).__name__}: {error}')
             self.wandb = None
 
     def guard_wandb(self, call):
-        """Training outlives W&B: its first failure is said, and switches it off."""
+        """Training outlives W&B: the first failure is logged and turns it off."""
         try:
             call()
         except Exception as error:

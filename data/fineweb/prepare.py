@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import (HEADER_BYTES, MAGIC, VOCAB_SIZES, Parser, find_tokens, hub_revision, is_prepared,
-                    parts_folder, plainly, write_meta)
+from data.corpus import HEADER_BYTES, MAGIC, VOCAB_SIZES, find_tokens
+from data.preparing import Parser, hub_revision, is_prepared, parts_folder, plainly, write_meta
 
 REPO = 'kjj0/fineweb10B-gpt2'
 SHARDS = 103

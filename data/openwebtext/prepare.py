@@ -23,8 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import (TOKEN, Parser, atomic_write, encode_documents, hub_revision, is_prepared, load_encoding,
-                    parts_folder, plainly, write_corpus)
+from data.corpus import TOKEN, load_encoding
+from data.preparing import (Parser, encode_documents, hub_revision, is_prepared, parts_folder, plainly,
+                            write_corpus)
+from training.rundir import atomic_write
 
 REPO, CONFIG, ROWS = 'Skylion007/openwebtext', 'plain_text', 8_013_769
 # of REPO: the parquet files, and the text that `datasets` unpacks from them

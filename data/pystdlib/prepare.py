@@ -13,7 +13,8 @@ import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import Parser, byte_encoding, encode_documents, is_prepared, plainly, write_corpus
+from data.corpus import byte_encoding
+from data.preparing import Parser, encode_documents, is_prepared, plainly, write_corpus
 
 # Linux distributions and container images ship these apart or not at all
 OFTEN_MISSING = {'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'tkinter', 'turtle', 'turtledemo', 'venv'}

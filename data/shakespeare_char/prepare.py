@@ -11,7 +11,9 @@ from urllib.request import urlopen
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import Parser, atomic_write, char_tokenizer, is_prepared, plainly, write_corpus
+from data.corpus import char_tokenizer
+from data.preparing import Parser, is_prepared, plainly, write_corpus
+from training.rundir import atomic_write
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
