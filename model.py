@@ -270,7 +270,7 @@ class Stream(NamedTuple):
         return self._replace(c=c, u=u, d_sum=d_sum)
 
     def sync(self, *products):
-        """c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Nothing if nothing is apart."""
+        """c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Free if nothing is apart."""
         addends = [product.sum_over_ranks() for product in products]  # partial (B, T, C) each
         if self.d_sum is not None:
             addends.append(self.d_sum)
@@ -526,7 +526,7 @@ class GPT(nn.Module):
         """A copy of this dense model with only this process's slices."""
         sharded = GPT(self.config, tp)
         sharded.load_dense(self.state_dict())
-        for p, mine in zip(self.parameters(), sharded.parameters()):
+        for p, mine in zip(self.parameters(), sharded.parameters(), strict=True):
             mine.requires_grad_(p.requires_grad)
         return sharded
 
@@ -537,8 +537,8 @@ class GPT(nn.Module):
                      if sharding(name) is None and p.grad is not None]
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat, group=self.tp.group)
-            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(
-                flat.split([grad.numel() for grad in grads]), grads)])
+            parts = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
     def gradient_norm(self):
         """The norm of the dense network's gradient, each parameter counted once. A 0-dim tensor."""

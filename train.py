@@ -56,7 +56,7 @@ def open_data(config, world):
 
 
 def build_model(config, model_config, world):
-    """(the GPT of this process, the AllReduces of a pass). One seed gives one network, whatever the blocks."""
+    """(the GPT of this process, the AllReduces of a pass). A seed gives one network, whatever the blocks."""
     torch.manual_seed(config.seed)  # on the CPU: the same weights on every device
     dense = GPT(model_config)
     observed = observe_all_reduces(dense)
@@ -80,7 +80,7 @@ def observe_all_reduces(model):
 
 
 class Network:
-    """A model and what trains it: the GPT itself, compiled if wanted, averaging gradients if data-parallel."""
+    """A model and what trains it: raw_model the GPT itself, model compiled, ddp_model averaging gradients."""
 
     def __init__(self, raw_model, config):
         self.raw_model = self.model = self.ddp_model = raw_model
@@ -221,7 +221,7 @@ def evaluate_extras(net, corpus, config, world):
 
 
 def read_batches(loader, step):
-    """The micro-batches of a step for this process. Ends the program, in one line, if the data are damaged."""
+    """This process's micro-batches of a step. Ends the program, in one line, if the data are damaged."""
     try:
         return list(loader.batches(step))
     except ValueError as error:
@@ -242,6 +242,12 @@ def warn_nonfinite(bad_steps, loss, norm, lr, state, scaled, config, log):
     if bad_steps == (25 if scaled else 5):
         fail(f'{what}, the {bad_steps}th step in a row without a finite gradient; try a lower '
              f'--learning_rate or --grad_clip=1.0; the checkpoints in {config.out_dir} are intact')
+
+
+def evaluation_is_due(state, config):
+    """At every eval_interval and at the end, unless it was made before the run was resumed."""
+    regular = state.iter % config.eval_interval == 0 or state.iter == config.max_iters
+    return regular and state.evaluated != state.iter
 
 
 def save_is_due(state, evaluated, config):
@@ -265,7 +271,8 @@ def main(argv):
             state, saved, messages = resume(net, config, corpus) if resuming else (Progress(), None, [])
         if config.eval_only:
             loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
-            return world.say(*messages, f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}')
+            words = f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}'
+            return world.say(*messages, words)
         info = describe(config, corpus, raw_model, observed, world)
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1:
             signal.signal(number, lambda number, frame: signals.append(number))
@@ -276,14 +283,15 @@ def main(argv):
             stopping, bad_steps = False, 0
             while not stopping:
                 last, best = state.iter == config.max_iters, False
-                evaluating = (last or state.iter % config.eval_interval == 0) and state.evaluated != state.iter
+                evaluating = evaluation_is_due(state, config)
                 if evaluating:
                     began = time.perf_counter()
-                    state.val_loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
-                    state.evaluated, extras = state.iter, evaluate_extras(net, corpus, config, world)
+                    loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
+                    state.val_loss, state.evaluated = loss, state.iter
+                    extras = evaluate_extras(net, corpus, config, world)
                     state.seconds += time.perf_counter() - began
-                    best = state.val_loss < state.best_val_loss  # never for a loss that is not a number
-                    state.best_val_loss = state.val_loss if best else state.best_val_loss
+                    best = loss < state.best_val_loss  # never if the loss is not a number
+                    state.best_val_loss = loss if best else state.best_val_loss
                     log.evaluation(state, tokens, best, extras)
                 if (save_is_due(state, evaluating, config) or best or last) \
                         and (evaluating or writer.saved != state.iter):

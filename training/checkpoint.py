@@ -169,8 +169,9 @@ def load_dense_state(net, saved):
 
 def resume(net, config, corpus):
     """
-    Load the newest readable checkpoint of out_dir into net. Returns (its Progress, the step of ckpt.pt if that
-    is it, messages to log).
+    Load the newest readable checkpoint of out_dir into net.
+
+    Returns (its Progress, its step if it is ckpt.pt, messages to log).
 
     Raises ValueError, in one line, if none fits.
     """
@@ -241,7 +242,8 @@ class Writer:
         self.state.wandb_id = self.log.wandb.id if self.log.wandb else self.state.wandb_id
         saved.update(
             scaler=self.net.scaler.state_dict(), iter=self.state.iter, progress=asdict(self.state),
-            config=vars(self.config), vocab_size=self.net.raw_model.config.vocab_size, corpus=self.corpus.meta)
+            config=vars(self.config), corpus=self.corpus.meta,
+            vocab_size=self.net.raw_model.config.vocab_size)
         self.pending = self.thread.submit(self.write, saved, best)
 
     def write(self, saved, best):
@@ -268,11 +270,12 @@ class Writer:
         return finished
 
     def note(self, status):
-        """Write run.json, after the checkpoints that it speaks of. status: running, finished, resumable, failed"""
+        """Write run.json, after the checkpoints it speaks of. status: running, finished, resumable, failed"""
         self.wait()
         if self.world.rank0:
             state = self.state
-            self.info.update(state=status, iter=state.iter, val_loss=finite(state.val_loss), seconds=state.seconds)
+            self.info.update(
+                state=status, iter=state.iter, val_loss=finite(state.val_loss), seconds=state.seconds)
             try:
                 write_json(f'{self.config.out_dir}/run.json', self.info)
             except OSError as error:

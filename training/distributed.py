@@ -221,7 +221,7 @@ def all_reduce_sum(values, world):
 
 
 def fail_of_memory(config, micro_batch):
-    """Exit suggesting a smaller batch_size with the same total batch, about two thirds of the memory or less."""
+    """Exit suggesting a smaller batch_size with the same total batch, two thirds of the memory or less."""
     windows = config.batch_size * config.gradient_accumulation_steps
     sizes = range(1, max(2, micro_batch * 2 // 3 + 1))
     size = max(n for n in sizes if windows % n == 0)

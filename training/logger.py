@@ -163,7 +163,7 @@ class Log:
                 project=config.wandb_project, name=config.wandb_run_name, config=tracked, dir=config.out_dir,
                 mode=mode, id=wandb_id, resume='allow', group=info['corpus']['name'], job_type='train')
             self.wandb.define_metric('iter')
-            # W&B drops what is logged at a lower step of its own than it has seen; against iter nothing is lost
+            # W&B drops what comes at a lower step of its own than it has seen; against iter nothing is lost
             self.wandb.define_metric('*', step_metric='iter')
             self.wandb.define_metric('val/loss', step_metric='iter', summary='min,last')
         except Exception as error:  # training needs no W&B, however it fails

@@ -102,7 +102,7 @@ def read_info(out_dir):
         raise ValueError(f'{path} is not a run.json that train.py wrote')
     wrong = [key for key, kind in NEEDED.items() if key not in info or not isinstance(info[key], kind)]
     if wrong:
-        raise ValueError(f'{path} is not a run.json that train.py wrote: {", ".join(wrong)} is missing or wrong')
+        raise ValueError(f'{path} is not a run.json that train.py wrote: {", ".join(wrong)} missing or wrong')
     return info | dict(config=complete(info['config']))
 
 
