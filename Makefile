@@ -1,5 +1,5 @@
 # make experiment   the eight configs at CPU size, from nothing to the table and the plots
-# make test         the pre-flight and the tests
+# make test         the style, the pre-flight and the tests
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -9,9 +9,13 @@ experiment: .venv/installed
 	$(BIN)/python sweep.py --with config/cpu.py --jobs 2
 	$(BIN)/python compare.py out/*-cpu --out=out/compare
 
+# the corpus is prepared first: tests that want it run side by side, one thread each
 test: .venv/installed
+	$(BIN)/ruff check .
 	$(BIN)/python test_20k_experiment.py
-	$(BIN)/python -m pytest -q test_20k_experiment.py tests
+	$(BIN)/python data/pystdlib/prepare.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist=worksteal \
+		test_20k_experiment.py tests
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
