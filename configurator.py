@@ -3,8 +3,8 @@ A run's configuration: config/defaults.py, then config files in order, then --ke
 
     python train.py config/train_gpt2_12comm.py config/cpu.py --seed=2 --block_types=tp,spd,spd
 
-Config files are plain Python assignments. Every key, type and value is checked, and what is wrong is refused
-in one line that says the value, where it came from, and what would be right.
+Config files are plain Python assignments. Every key, type and value is checked. A mistake ends the program
+with one line: the value, where it came from, and what would be right.
 """
 
 import ast
@@ -24,14 +24,14 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent
 DEFAULTS = ROOT / 'config' / 'defaults.py'
-RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]    # beside the dense control
+RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]  # beside the dense control
 
-# the block types and the communications of a layer of each, by the guide's rule; model.py and variants.py
-# define the blocks, this is what is known of them without torch
+# the communications of one layer of each block type, by the guide's rule. model.py and variants.py define the
+# blocks; this table is what can be known of them without loading torch
 COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1}
-# what an experiment varies; the rest of a config is the recipe
+# the keys that an experiment varies; the rest of a config is the recipe
 VARIED = {'seed', 'block_types', 'tp_size', 'merge'}
-# what may differ between two runs of one recipe without changing what they compute
+# the keys that change neither the recipe nor what a run computes
 HOUSEKEEPING = {
     'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
     'checkpoint_interval', 'keep_checkpoints',
@@ -45,7 +45,7 @@ SEED = (lambda value: 0 <= value < 2**63, 'at least 0 and below 2**63')
 NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
-LIMITS = dict(  # GPTConfig checks the model's other keys
+LIMITS = dict(  # of values; GPTConfig checks the model's other keys
     eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, eval_train_tokens=NOT_NEGATIVE,
     log_interval=AT_LEAST_1, checkpoint_interval=AT_LEAST_1, keep_checkpoints=NOT_NEGATIVE, seed=SEED,
     batch_size=AT_LEAST_1, gradient_accumulation_steps=AT_LEAST_1,
@@ -69,20 +69,18 @@ def fail(message):
 
 
 class Config(SimpleNamespace):
-    """
-    A run's keys as attributes; `vars(config)` is the keys and nothing else. `sources` says where each is set.
-    """
+    """A run's keys as attributes; vars(config) is the keys alone. `sources` says where each was set."""
     __slots__ = ('sources',)
 
     def refuse(self, message):
-        """fail() with the message, and where the keys that it names were set."""
+        """fail() with the message and where the keys named in it were set."""
         named = [key for key in vars(self) if re.search(rf'\b{key}\b', message)]
         origins = ', '.join(f'{key} from {self.sources[key]}' for key in named)
         fail(f'{message} ({origins})' if named else message)
 
     @contextmanager
     def refusing(self):
-        """A ValueError inside the `with` ends the program as refuse() does."""
+        """End the program, as refuse() does, if the block raises ValueError."""
         try:
             yield
         except ValueError as error:
@@ -91,7 +89,7 @@ class Config(SimpleNamespace):
 
 @cache
 def read_defaults():
-    """config/defaults.py as {key: (default, type, comment)}. The types are its annotations."""
+    """config/defaults.py as {key: (default, annotated type, comment)}."""
     text = DEFAULTS.read_text()
     namespace, lines, keys = {}, text.splitlines(), {}
     exec(compile(text, DEFAULTS, 'exec'), namespace)
@@ -109,10 +107,11 @@ def alternatives(kind):
 
 
 def accepts(kind, value):
+    """Whether a value has this type, or one of a union. An int passes for a float; a bool is no int."""
     for option in alternatives(kind):
         if typing.get_origin(option) is typing.Literal:
             fits = value in typing.get_args(option)
-        else:  # an int passes for a float; a bool is no int
+        else:
             fits = type(value) is option or (option is float and type(value) is int)
         if fits:
             return True
@@ -120,6 +119,7 @@ def accepts(kind, value):
 
 
 def in_words(kind):
+    """A type for people: 'a whole number', 'nccl, gloo or None'."""
     words = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text', list: 'a list'}
     return ' or '.join(
         ', '.join(typing.get_args(option)) if typing.get_origin(option) is typing.Literal
@@ -127,14 +127,14 @@ def in_words(kind):
 
 
 def check(key, value, source, keys):
-    """Validate a value; ints become floats where a float is wanted. Ends the program if it does not fit."""
+    """The validated value; an int becomes a float if the key takes floats. Ends the program if it is bad."""
     if key not in keys:
         close = difflib.get_close_matches(key, keys, n=1)
         hint = RENAMED.get(key) or (f'{close[0]}?' if close else 'see --help')
         fail(f'{source}: no key is called {key}; {hint}')
     kind = keys[key][1]
     if key == 'block_types' and isinstance(value, str):
-        return value  # a pattern: it is repeated once n_layer is known
+        return value  # a pattern, which resolve() repeats once n_layer is known
     if isinstance(value, tuple):
         value = list(value)
     if not accepts(kind, value):
@@ -150,9 +150,7 @@ def check(key, value, source, keys):
 
 
 def read_file(path):
-    """
-    The assignments of a config file, as a dict. Imports and names with a leading underscore are ignored.
-    """
+    """A config file's assignments, as a dict. Imports and names with a leading underscore are ignored."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -170,9 +168,7 @@ def read_file(path):
 
 
 def parse_value(text, kind):
-    """
-    A flag's value: text if the key takes text, else literals and their arithmetic: 5*8, ['tp','spd']*6.
-    """
+    """A flag's value: text if the key takes text, else a literal or arithmetic: 5*8, ['tp','spd']*6."""
     if str in alternatives(kind):
         return None if text == 'None' and kind is not str else text
     allowed = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.UnaryOp, ast.USub, ast.Load,
@@ -182,7 +178,7 @@ def parse_value(text, kind):
         if all(isinstance(node, allowed) for node in ast.walk(tree)):
             return eval(compile(tree, 'a flag', 'eval'), {'__builtins__': {}})
     except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
-        pass  # not a literal: text, which check() then takes or refuses
+        pass  # not a literal but text, which check() accepts or refuses
     return text
 
 
@@ -202,9 +198,7 @@ def show_help(keys):
 
 
 def communications(block_types, tp_size):
-    """
-    The guide's count: 2 per TP layer, 1 per SPD layer, 2 for the model's boundaries once a layer is Parallel.
-    """
+    """The guide's count: 2 per TP layer, 1 per SPD layer, 2 for the boundaries if any layer is Parallel."""
     if tp_size == 1:
         return 0
     counts = [COMMUNICATIONS[name] for name in block_types]
@@ -240,15 +234,17 @@ def told(differences):
 def recipe(config):
     """What two runs must share of their configs before their losses may be compared, as a dict."""
     shared = {key: value for key, value in config.items() if key not in VARIED | HOUSEKEEPING}
-    # 12 x 40 and 8 x 60 are the same step
+    # 12 x 40 and 8 x 60 make the same step
     shared['windows per step'] = shared.pop('batch_size') * shared.pop('gradient_accumulation_steps')
     return shared
 
 
 def complete(config):
     """
-    A saved config, a dict, in the terms of this version: keys it lacks take their default, and block types
-    mean_tp, mean_spd and mean_parallel, which were once apart, are the plain ones with merge 'mean'.
+    A saved config, as a dict, brought up to this version. Missing keys take their defaults.
+
+    Block types mean_tp, mean_spd and mean_parallel of earlier versions become tp, spd and parallel with merge
+    'mean'.
     """
     config = {key: default for key, (default, _, _) in read_defaults().items()} | config
     names = config['block_types'] or []
@@ -259,7 +255,9 @@ def complete(config):
 
 def resolve(config, stems):
     """
-    Fill in what follows from other keys: the layers' block types, the schedule's end, the run's folder.
+    Set the keys that follow from others: each layer's block type, the schedule's end, the run's folder.
+
+    stems: the names of config files to add to the run's name. Ends the program if a block type is unknown.
     """
     if isinstance(config.block_types, str):
         names = [name.strip() for name in config.block_types.split(',')]
@@ -287,9 +285,8 @@ def load(argv):
     """
     argv, as in sys.argv[1:] -> Config. Ends the program, in one line, if anything in it is wrong.
 
-    The run is called what the last wandb_run_name says, then the names of the config files after the one that
-    set it, so that `train_gpt2_12comm.py cpu.py` is gpt2-124M-12comm-cpu and a toy never shares a folder with
-    a full run.
+    The run's name is the last wandb_run_name and the names of the config files after the one that set it:
+    `train_gpt2_12comm.py cpu.py` is gpt2-124M-12comm-cpu, so a toy never shares a folder with a full run.
     """
     keys = read_defaults()
     if '--help' in argv or '-h' in argv:
@@ -297,7 +294,7 @@ def load(argv):
     config = Config(**{key: default for key, (default, _, _) in keys.items()})
     config.sources = dict.fromkeys(keys, 'config/defaults.py')
     files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
-    stems = []  # of the files after the one that named the run
+    stems = []  # the names of the files after the one that named the run
     for source in files + [arg for arg in argv if arg not in files]:
         values = read_file(source) if source in files else dict([parse_flag(source, keys)])
         for key, value in values.items():

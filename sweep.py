@@ -1,30 +1,29 @@
 """
-Trains several runs, one after another or a few at a time, always with the dense control they are compared to.
+Train several runs, one after another or a few at a time, always with the dense control to compare them to.
 
     python sweep.py --with config/cpu.py                                  # the experiment's eight configs
     python sweep.py config/train_gpt2_*comm.py --with config/cpu.py --seed=1,2,3 --tp_size=2,4 --jobs 2
 
-Every --key=value goes on to train.py. A comma list makes a grid, each value with each of the other keys'
-(block_types has commas of its own and takes one value). The dense control has no tp ranks, so --tp_size does
-not apply to it: it is trained once for each combination of the other keys. A run's folder is named after the
-run and the keys given to the sweep, but for those that do not change the training (--device and the like) and
-have one value:
+Every --key=value goes on to train.py. Values separated by commas make a grid, each with each value of the
+other keys (block_types contains commas, so it takes one value). The dense control has one rank, so --tp_size,
+--block_types and --merge do not apply to it: it is trained once for each combination of the other keys. A
+run's folder is named after the run and the keys given to the sweep. Keys that do not change what a run
+computes (--device and the like) are left out of the name unless they have several values:
 
     out/gpt2-124M-12comm-cpu-seed2-tp4
 
-It says how long this will take before it starts: from the speed of runs of the same size that are in their
-folders already, else from the first steps of some of the runs, made in a temporary folder.
+The time left is estimated from the speed of runs of the same size: those that are training, and those already
+in their folders. Until one of them has made steps, it is unknown.
 
 The same command continues a sweep that was stopped or killed: finished runs are skipped, unfinished and
-failed ones go on from their last checkpoint, and those that another process is training now are left to it.
-When a sweep ends for whatever reason, its runs save and end. Each run's output is in its folder's log.txt.
-Where there are GPUs, runs are started by torchrun on all of them. With --jobs each run gets an equal share of
-the GPUs and cores, and is pinned to it; of more jobs than there are GPUs, several train on one.
+failed ones continue from their last checkpoint, and runs that another process is training are left to it.
+However a sweep ends, its runs save their state and end too. A run's output is in log.txt in its folder.
+Where there are GPUs, torchrun starts each run on all of them. With --jobs, each run is pinned to an equal
+share of the GPUs and cores; if there are more jobs than GPUs, several jobs train on one.
 """
 
 import argparse
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -34,32 +33,44 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
-from configurator import HOUSEKEEPING, ROOT, RUNS, Config, differences, fail, load, pattern
-from analysis.runs import find_runs, read_info, read_metrics, recipe
+from configurator import (
+    HOUSEKEEPING,
+    ROOT,
+    RUNS,
+    VARIED,
+    Config,
+    differences,
+    fail,
+    load,
+    pattern,
+    recipe,
+    told,
+)
+from training import rundir
 
-OWN = {'out_dir', 'wandb_run_name', 'init_from'}        # a run's place, which the sweep settles
-SHORT = {'seed': 'seed', 'tp_size': 'tp'}               # these go without '=' in a folder's name
+OWN = {'out_dir', 'wandb_run_name', 'init_from'}  # keys that the sweep sets
+NOT_DENSE = VARIED - {'seed'}  # keys without a meaning for the dense control
+SHORT = {'seed': 'seed', 'tp_size': 'tp'}  # these go without '=' in a folder's name
+# what a step's time depends on most
 SIZE = ('dataset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
-        'dropout', 'bias', 'device', 'dtype', 'compile', 'shard')       # what a step's time depends on most
-PROBE_STEPS, PROBE_SECONDS = 10, 180    # a probe of the speed ends after so many steps, or so long
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)        # those that end a sweep, its runs saved
+        'dropout', 'bias', 'device', 'dtype', 'compile', 'shard')
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # they end a sweep, its runs saved
 
 libc = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1                    # of Linux's prctl: the signal to get when the parent dies
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
 
 # the plan
 
 
 @dataclass
 class Run:
-    """One run of the plan: train.py's arguments, and the config that they amount to."""
+    """One run of the plan: train.py's arguments, and the config that they give."""
     args: list
     config: Config
 
@@ -71,6 +82,10 @@ class Run:
     def out_dir(self):
         return Path(self.config.out_dir)
 
+    @property
+    def steps_left(self):
+        return self.config.max_iters - rundir.last_metrics(self.out_dir).get('iter', 0)
+
 
 def parse_grid(flags):
     """--key=value[,value...] flags -> {key: values as typed}, seed first and tp_size last, as the runs go."""
@@ -80,12 +95,12 @@ def parse_grid(flags):
         if not flag.startswith('--') or not equals:
             fail(f'{flag}: a key for train.py is given as --key=value; see python sweep.py --help')
         if key in OWN:
-            fail(f'{flag}: the sweep names its runs and their folders itself; --out says where they go')
+            fail(f'{flag}: the sweep names its runs and their folders; --out says where they go')
         if key in grid:
             fail(f'{flag}: {key} is given twice; a list is --{key}={",".join(grid[key])},{text}')
         grid[key] = [text] if key == 'block_types' else text.split(',')
     if '1' in grid.get('tp_size', []):
-        fail('--tp_size has 1, which is the dense control: it is always added and needs no mention')
+        fail('--tp_size has 1, which is the dense control; leave it out, the control is always trained')
     return {key: grid[key] for key in sorted(grid, key=lambda key: (key != 'seed', key == 'tp_size', key))}
 
 
@@ -96,7 +111,11 @@ def tag(key, value):
 
 
 def find_controls(files):
-    """The dense controls of run configs: files with tp_size 1 and the same recipe, of these or of config/."""
+    """
+    The dense controls of run configs: files with tp_size 1 and the same recipe, among these or in config/.
+
+    Ends the program if a config has none.
+    """
     dense = {}
     for file in [*files, *(os.path.relpath(path) for path in sorted(ROOT.glob('config/train_*.py')))]:
         config = vars(load([file]))
@@ -111,10 +130,11 @@ def find_controls(files):
 
 def plan(files, withs, grid, out):
     """
-    The runs of a sweep, in order: all runs of a seed together, so that half a sweep is whole seeds.
+    The runs of a sweep, in order: all runs of a seed together, so that half a sweep has whole seeds.
 
-    files: run configs, to which their dense controls are added; withs: config files composed after each;
-    grid: as parse_grid gives it; out: the folder that gets the run folders.
+    files: run configs, to which their dense controls are added. withs: config files composed after each.
+    grid: from parse_grid. out: the folder that gets the run folders. Ends the program if two runs would share
+    a folder.
     """
     controls = find_controls(files)
     runs = {}
@@ -122,9 +142,9 @@ def plan(files, withs, grid, out):
         for file in dict.fromkeys(controls + files):
             given = dict(zip(grid, values))
             if file in controls:
-                given = {key: value for key, value in given.items() if key not in ('tp_size', 'block_types')}
+                given = {key: value for key, value in given.items() if key not in NOT_DENSE}
             args = [file, *withs, *(f'--{key}={value}' for key, value in given.items())]
-            args += ['--tp_size=1'] * (file in controls)        # whatever a file composed after it says
+            args += ['--tp_size=1'] * (file in controls)  # a file composed after it may say otherwise
             config = load(args)
             tags = [tag(key, getattr(config, key)) for key in sorted(given)
                     if key not in HOUSEKEEPING or len(grid[key]) > 1]
@@ -136,48 +156,37 @@ def plan(files, withs, grid, out):
     return list(runs.values())
 
 
-def noted(run):
-    """What the run's run.json says, {} before there is one."""
-    path = run.out_dir / 'run.json'
-    return read_info(path) if path.exists() else {}
+def info_of(run):
+    """The run's run.json, {} before there is one. Ends the program if it is damaged."""
+    try:
+        return rundir.read_info(run.out_dir) or {}
+    except ValueError as error:
+        fail(str(error))
 
 
-def being_trained(run):
-    """Whether a process holds the lock of the run's folder."""
-    path = run.out_dir / 'lock'
-    if path.exists():
-        with open(path) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
-
-
-def standing(run):
+def state_of(run):
     """
-    How a run stands: finished, running (some process trains it), resume (it has a checkpoint) or new. Ends
-    the program where its folder holds another run.
+    finished, running (a process is training it), resume (it has a checkpoint) or new.
+
+    Ends the program if the run's folder holds another run.
     """
-    info = noted(run)
+    info = info_of(run)
     if info:
         changed = differences(info['config'], vars(run.config))
         if changed:
-            told = ', '.join(f'{key} is {there} there, {here} here' for key, (there, here) in changed.items())
-            fail(f'{run.out_dir} holds another run ({told}): move it away, or give this sweep another --out')
+            fail(f'{run.out_dir} holds another run ({told(changed)}): move it away, or choose another --out')
         if info['state'] == 'finished':
             return 'finished'
-    if being_trained(run):
+    if rundir.is_locked(run.out_dir):
         return 'running'
-    saved = any((run.out_dir / name).exists() for name in ('ckpt.pt', 'ckpt-previous.pt'))
-    return 'resume' if saved else 'new'
+    return 'resume' if rundir.has_checkpoint(run.out_dir) else 'new'
 
 
 # the machine
 
 
 def find_gpus():
-    """The ids of the GPUs to be used, as CUDA_VISIBLE_DEVICES has them; none where there are none."""
+    """The ids of the GPUs to use, as in CUDA_VISIBLE_DEVICES; [] if there are none."""
     if 'CUDA_VISIBLE_DEVICES' in os.environ:
         return [gpu for gpu in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if gpu.strip()]
     if not shutil.which('nvidia-smi'):
@@ -200,19 +209,23 @@ def find_cores():
 
 @dataclass
 class Share:
-    """What a run may use: the ids of GPUs, [] for none; cores, [] for no limit."""
+    """What a run may use: ids of GPUs, [] for none; cores, [] for all."""
     gpus: list
     cores: list
 
     @property
     def environment(self):
         if self.gpus:
-            return {'CUDA_VISIBLE_DEVICES': ','.join(self.gpus)}
-        return {'OMP_NUM_THREADS': str(len(self.cores))} if self.cores else {}
+            return dict(CUDA_VISIBLE_DEVICES=','.join(self.gpus))
+        return dict(OMP_NUM_THREADS=str(len(self.cores))) if self.cores else {}
 
 
-def shares(jobs, gpus, cores):
-    """The Share of each of so many jobs at a time: things are dealt out, or shared where there are fewer."""
+def divide(jobs, gpus, cores):
+    """
+    The Share of each job: an equal part of the GPUs and of the cores.
+
+    If there are fewer of them than jobs, each job gets one, which it shares with others.
+    """
     if jobs == 1:
         return [Share(gpus, [])]
 
@@ -224,54 +237,38 @@ def shares(jobs, gpus, cores):
     return [Share(part(gpus, i), part(cores, i)) for i in range(jobs)]
 
 
-def command(run, resume, share, script=ROOT / 'train.py'):
-    """The command line that trains a run with a script, train.py or the like, on a share of the machine."""
+def command(run, resume, share):
+    """The command line that trains a run on a share of the machine."""
     launcher = [sys.executable]
     if share.gpus:
         launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(share.gpus)}',
                      '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1']
-    return [*launcher, str(script), *run.args, *['--init_from=resume'] * resume]
+    return [*launcher, str(ROOT / 'train.py'), *run.args, *['--init_from=resume'] * resume]
 
 
 def launch(words, share, log):
-    """Starts a command on a share of the machine; its output goes to a file. Returns the Popen."""
-    def settle():       # by the child, before it becomes the command
+    """Start a command on a share of the machine, its output to the file `log`. Returns the Popen."""
+    def settle():
+        # in the child, before it becomes the command
         if share.cores and hasattr(os, 'sched_setaffinity'):
             os.sched_setaffinity(0, share.cores)
-        if sys.platform == 'linux':     # a sweep that is killed leaves no run behind on cores it thinks free
+        if sys.platform == 'linux':  # a run must not outlive a killed sweep: the next one would use its cores
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     print('$', shlex.join(words), file=log, flush=True)
-    # a session of its own: the terminal's Ctrl-C comes to the sweep alone, which passes it on once
+    # in a session of its own: the terminal's Ctrl-C reaches the sweep alone, which passes it on once
     return subprocess.Popen(words, env=os.environ | share.environment, stdin=subprocess.DEVNULL, stdout=log,
                             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=settle)
 
 
-# what runs write, and how long they take
+# what runs wrote, and how long the others will take
 
 
-def last_line(path):
-    """The last whole line of a file that has something on it; '' where there is none."""
-    whole = path.read_text(errors='replace').rpartition('\n')[0] if path.exists() else ''
-    return whole.rstrip().rpartition('\n')[2]
-
-
-def reason(path):
-    """Why a run failed, from its log: the last error that it names, after which torchrun may say more."""
-    text = path.read_text(errors='replace').rpartition('\n$ ')[2] if path.exists() else ''
+def reason(log):
+    """Why a run failed: the last error in its log, after which torchrun may have said more."""
+    text = log.read_text(errors='replace').rpartition('\n$ ')[2] if log.exists() else ''
     errors = re.findall(r'^(?:\[rank\d+\]: *)?((?:error:|[\w.]+(?:Error|Exception)\b).*)', text, re.MULTILINE)
-    return errors[-1].removeprefix('error: ') if errors else last_line(path)
-
-
-def saved_at(run):
-    """The time of the run's last checkpoint, 0 before there is one."""
-    path = run.out_dir / 'ckpt.pt'
-    return path.stat().st_mtime if path.exists() else 0
-
-
-def latest(run):
-    """The last line of a run's metrics, {} before there is one."""
-    return json.loads(last_line(run.out_dir / 'metrics.jsonl') or '{}')
+    return errors[-1].removeprefix('error: ') if errors else rundir.last_line(log)
 
 
 def loss_of(line, kind):
@@ -286,17 +283,18 @@ def duration(seconds):
 
 @dataclass
 class Pace:
-    """How fast a run trains: tokens a second in its steps, tokens that an evaluation reads."""
-    config: dict                        # of the run that went so fast
+    """How fast a run trains: tokens per second in its steps, tokens that an evaluation reads."""
+    config: dict  # of the run that was so fast
     tokens_per_sec: float
     eval_tokens: int
 
 
 def find_pace(run, processes):
-    """The Pace that a run's files tell, None where they tell none or of other processes."""
-    info = noted(run)
-    evals, logs = read_metrics(run.out_dir / 'metrics.jsonl')
-    speeds = [line['tokens_per_sec'] for line in logs.values()][1:]     # the first pays for the start
+    """A run's Pace so far; None if its files do not show it, or it had another number of processes."""
+    info = info_of(run)
+    evals, logs = rundir.read_metrics(run.out_dir)
+    speeds = [line['tokens_per_sec'] for line in logs.values() if line.get('tokens_per_sec')]
+    speeds = speeds[1:]  # the first one includes start-up
     if info.get('processes') != processes or not evals or not speeds:
         return None
     line = next(iter(evals.values()))
@@ -304,88 +302,25 @@ def find_pace(run, processes):
     return Pace(info['config'], statistics.median(speeds), tokens)
 
 
-def size(config):
-    return [config[key] for key in SIZE]
-
-
 def seconds_left(run, paces):
     """
-    How long a run will still take, from runs with the same blocks, else from any of its size. None where
-    paces has none. What an evaluation reads takes a third of what training on it would: it goes forward only.
+    The time that a run will still take, in seconds, at the mean pace of runs with the same blocks; if there
+    are none, of all runs of its size; None without those.
     """
     config = run.config
-    alike = [pace for pace in paces if size(pace.config) == size(vars(config))]
+    alike = [pace for pace in paces if all(pace.config[key] == getattr(config, key) for key in SIZE)]
     same = [pace for pace in alike if all(pace.config[key] == getattr(config, key)
                                           for key in ('block_types', 'tp_size'))] or alike
     if not same:
         return None
-    steps = config.max_iters - latest(run).get('iter', 0)
     windows = config.batch_size * config.gradient_accumulation_steps
-    tokens = steps * (windows * config.block_size + same[0].eval_tokens / 3 / config.eval_interval)
-    return tokens / statistics.mean(pace.tokens_per_sec for pace in same)
-
-
-def probe(runs, shares, script):
-    """
-    The first steps of runs, one on each share at once, in a temporary folder. Returns (paces, errors): the
-    Paces found, and of those that failed, in words, why.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        going, errors = [], []
-        try:
-            for i, (run, share) in enumerate(zip(runs, shares)):
-                there = Path(folder, str(i))
-                there.mkdir()
-                flags = ['--log_interval=1', '--wandb_log=False', f'--out_dir={there}']
-                twin = Run([*run.args, *flags], Config(**vars(run.config) | dict(out_dir=str(there))))
-                with open(there / 'log.txt', 'w') as log:
-                    going.append((twin, launch(command(twin, False, share, script), share, log)))
-            end = time.monotonic() + PROBE_SECONDS
-            while (time.monotonic() < end and any(latest(twin).get('iter', 0) < PROBE_STEPS
-                                                  and process.poll() is None for twin, process in going)):
-                time.sleep(0.2)
-            errors = [f'{twin.name} cannot be trained: {reason(twin.out_dir / "log.txt")}'
-                      for twin, process in going if process.poll()]     # ended, and not well
-        finally:
-            for _, process in going:
-                process.terminate()
-            for _, process in going:
-                process.wait()
-        paces = [pace for twin, _ in going if (pace := find_pace(twin, max(1, len(shares[0].gpus))))]
-    return paces, errors
-
-
-def measure(runs, shares, script):
-    """
-    The Paces from which seconds_left can tell of runs, and in words what they rest on. Runs of a size of
-    which nothing is known are probed; if a size stays unknown, ([], why). Ends the program where every run
-    that was probed failed.
-    """
-    paces = [pace for run in runs if (pace := find_pace(run, max(1, len(shares[0].gpus))))]
-    sources, unknown = [f'the speed of {len(paces)} of these runs so far'] * bool(paces), {}
-    for run in runs:
-        if standing(run) != 'finished' and seconds_left(run, paces) is None:
-            unknown.setdefault(json.dumps(size(vars(run.config))), []).append(run)
-    errors = []
-    for alike in unknown.values():
-        n = len(shares)
-        picked = [alike[(2 * i + 1) * len(alike) // (2 * n)] for i in range(n)]
-        names = ' and '.join(dict.fromkeys(run.name for run in picked))
-        print(f'measuring the speed in the first {PROBE_STEPS} steps of {names}', flush=True)
-        found, said = probe(picked, shares, script)
-        paces += found
-        errors += said
-        sources.append('those first steps')
-    if errors and not paces:
-        fail(errors[0])
-    for alike in unknown.values():
-        if seconds_left(alike[0], paces) is None:
-            return [], errors[0] if errors else f'{alike[0].name} made no two in {PROBE_SECONDS} seconds'
-    return paces, ', '.join(sources)
+    # an evaluation only goes forward, so a token costs it about a third of what it costs a step
+    per_step = windows * config.block_size + same[0].eval_tokens / 3 / config.eval_interval
+    return run.steps_left * per_step / statistics.mean(pace.tokens_per_sec for pace in same)
 
 
 def makespan(durations, jobs):
-    """Seconds until tasks of these durations are done, each begun in order as one of so many jobs is free."""
+    """Seconds until tasks of these durations are done, started in order, `jobs` at a time."""
     busy = [0.0] * jobs
     for seconds in durations:
         busy[busy.index(min(busy))] += seconds
@@ -397,7 +332,7 @@ def makespan(durations, jobs):
 
 @dataclass
 class Job:
-    """A run that is being trained, since when, and of when its checkpoint was then."""
+    """A run that is being trained: when it was started, and the time of its last checkpoint before that."""
     run: Run
     share: Share
     process: subprocess.Popen
@@ -406,40 +341,47 @@ class Job:
 
 
 class Sweep:
-    """The runs on their way: waiting, jobs now, and those that are over."""
+    """The runs of a sweep: waiting, in jobs, finished, failed."""
 
-    def __init__(self, runs, shares, script=ROOT / 'train.py', paces=()):
-        self.script, self.paces = script, paces
-        self.finished = [run for run in runs if standing(run) == 'finished']
+    def __init__(self, runs, shares):
+        """shares: a Share for each run that may train at the same time"""
+        self.finished = [run for run in runs if state_of(run) == 'finished']
         self.waiting = [run for run in runs if run not in self.finished]
         self.shares, self.jobs, self.failed, self.elsewhere = list(shares), [], [], set()
         self.common = set.intersection(*(set(run.name.split('-')) for run in runs))
-        self.left_at_start = self.left()
-        self.estimate = makespan(map(self.to_do, self.waiting), len(shares)) if paces else None
-        self.began, self.told = time.monotonic(), time.monotonic()
+        self.slots, self.processes = len(shares), max(1, len(shares[0].gpus))
+        self.paces = {}  # by the run's name
+        self.measure(self.finished)
+        self.shown = time.monotonic()
 
-    def to_do(self, run):
-        """What is left of a run: in seconds where all paces are known, else in steps."""
-        if self.paces:
-            return seconds_left(run, self.paces)
-        return run.config.max_iters - latest(run).get('iter', 0)
+    def measure(self, runs):
+        """Read the paces of these runs from their folders."""
+        found = {run.name: find_pace(run, self.processes) for run in runs}
+        self.paces.update((name, pace) for name, pace in found.items() if pace)
+
+    def eta(self):
+        """The time until all runs are done, in words; 'unknown' until runs of their sizes have made steps."""
+        runs = [job.run for job in self.jobs] + self.waiting
+        self.measure(runs)
+        times = [seconds_left(run, self.paces.values()) for run in runs]
+        known = [seconds for seconds in times if seconds is not None]
+        if runs and not known:
+            return 'unknown'
+        return 'over ' * (len(known) < len(runs)) + duration(makespan(known, self.slots))
 
     def short(self, run):
-        """A run's name without what all names have in common."""
+        """A run's name without the parts that all names share."""
         parts = [part for part in run.name.split('-') if part not in self.common]
         return '-'.join(['dense'] * (run.config.tp_size == 1) + parts) or run.name
 
-    def left(self):
-        return sum(map(self.to_do, self.waiting + [job.run for job in self.jobs]))
-
     def say(self, line):
-        """A line that stays, above the one that is refreshed."""
+        """Print a line that stays, above the one that is refreshed."""
         print(('\r\033[K' if sys.stdout.isatty() else '') + line, flush=True)
 
     def start(self):
-        """Starts the first waiting run that no other process has finished or is training."""
+        """Start the first waiting run that no other process has finished or is training."""
         for run in list(self.waiting):
-            state = standing(run)
+            state = state_of(run)
             if state == 'running':
                 if run.name not in self.elsewhere:
                     self.elsewhere.add(run.name)
@@ -447,7 +389,7 @@ class Sweep:
                 continue
             self.waiting.remove(run)
             if state == 'finished':
-                self.book(run, 'done by another process')
+                self.finish(run, 'done by another process')
                 continue
             try:
                 self.begin(run, state == 'resume')
@@ -457,56 +399,52 @@ class Sweep:
             return
 
     def begin(self, run, resume):
+        """Start a run on a free share of the machine."""
         run.out_dir.mkdir(parents=True, exist_ok=True)
+        share, saved = self.shares[0], rundir.saved_at(run.out_dir)
         with open(run.out_dir / 'log.txt', 'a') as log:
-            process = launch(command(run, resume, self.shares[0], self.script), self.shares[0], log)
-        self.jobs.append(Job(run, self.shares.pop(0), process, time.monotonic(), saved_at(run)))
+            process = launch(command(run, resume, share), share, log)
+        self.shares.remove(share)
+        self.jobs.append(Job(run, share, process, time.monotonic(), saved))
         self.say(f'{"continues" if resume else "starts"}: {run.name}')
 
-    def book(self, run, how, *words):
-        """A run is finished."""
+    def finish(self, run, how, *words):
+        """Record a finished run."""
         self.finished.append(run)
-        self.say(', '.join([f'{how}: {run.name}', f'val loss {loss_of(latest(run), "val")}', *words]))
+        self.measure([run])
+        loss = loss_of(rundir.last_metrics(run.out_dir), 'val')
+        self.say(', '.join([f'{how}: {run.name}', f'val loss {loss}', *words]))
 
     def fail(self, run, why):
-        """A run has failed; the sweep goes on."""
+        """Record a failed run; the sweep goes on."""
         self.failed.append(run)
-        self.left_at_start -= self.to_do(run)
         self.say(f'FAILED: {run.name}, {why}')
 
     def end(self, job):
-        """Books a job whose process has ended."""
+        """Record how a job ended."""
         self.jobs.remove(job)
         self.shares.append(job.share)
-        run, status, state = job.run, job.process.returncode, standing(job.run)
-        step, log = latest(run).get('iter', 0), run.out_dir / 'log.txt'
+        run, status, state = job.run, job.process.returncode, state_of(job.run)
+        log = run.out_dir / 'log.txt'
         if state == 'finished':
-            self.book(run, 'done', duration(time.monotonic() - job.began))
-        elif state == 'running':        # another process took the folder first
+            self.finish(run, 'done', duration(time.monotonic() - job.began))
+        elif state == 'running':  # another process took the folder first
             self.waiting.append(run)
-        elif noted(run).get('state') == 'resumable' and saved_at(run) > job.saved:
-            self.waiting.append(run)    # a signal that was not the sweep's
-            self.say(f'stopped from outside at step {step}, goes on after the others: {run.name}')
+        elif info_of(run).get('state') == 'resumable' and rundir.saved_at(run.out_dir) > job.saved:
+            self.waiting.append(run)  # it was stopped by a signal that was not the sweep's
+            step = rundir.last_metrics(run.out_dir).get('iter', 0)
+            self.say(f'stopped from outside at step {step}, continues after the others: {run.name}')
         else:
             how = f'exit status {status}' if status >= 0 else f'killed by {signal.Signals(-status).name}'
             self.fail(run, f'{how}, see {log}: {reason(log)}')
 
-    def eta(self):
-        """Seconds until all is done: at first as estimated, then as it goes. None where nobody knows yet."""
-        left, elapsed = self.left(), time.monotonic() - self.began
-        made = self.left_at_start - left
-        if self.estimate is not None and made < self.left_at_start / 20:
-            return max(0, self.estimate - elapsed)
-        return left * elapsed / made if made > 0 else None
-
     def progress(self):
         """How far the sweep is, in a line."""
-        eta = self.eta()
         failed = f', {len(self.failed)} failed' if self.failed else ''
-        left, eta = len(self.waiting) + len(self.jobs), '?' if eta is None else duration(eta)
-        parts = [f'{len(self.finished)} done{failed}, {left} left, ETA {eta}']
+        left = len(self.waiting) + len(self.jobs)
+        parts = [f'{len(self.finished)} done{failed}, {left} left, ETA {self.eta()}']
         for job in self.jobs:
-            line = latest(job.run)
+            line = rundir.last_metrics(job.run.out_dir)
             kind = 'train' if 'train_loss' in line else 'val'
             loss = f' {kind} loss {loss_of(line, kind)}' if line else ''
             step = f'{line.get("iter", 0)}/{job.run.config.max_iters}'
@@ -516,16 +454,19 @@ class Sweep:
         return ' | '.join(parts)
 
     def show(self):
-        """The progress, refreshed in place on a terminal, a line a minute elsewhere."""
-        if sys.stdout.isatty():
+        """Print the progress: on a terminal every second, in place; elsewhere a line a minute."""
+        terminal = sys.stdout.isatty()
+        if time.monotonic() - self.shown < (1 if terminal else 60):
+            return
+        self.shown = time.monotonic()
+        if terminal:
             width = shutil.get_terminal_size().columns - 1
             print('\r\033[K' + self.progress()[:width], end='', flush=True)
-        elif time.monotonic() - self.told > 60:
-            self.told = time.monotonic()
+        else:
             print(self.progress(), flush=True)
 
     def train(self):
-        """Trains all that is to do. A run that fails is booked and the next one starts."""
+        """Train all runs that are not finished. If one fails, the next one starts."""
         while self.waiting or self.jobs:
             for _ in range(min(len(self.waiting), len(self.shares))):
                 self.start()
@@ -534,15 +475,16 @@ class Sweep:
             if self.waiting or self.jobs:
                 self.show()
                 time.sleep(0.2)
-        self.say(f'{len(self.finished)} runs finished, {len(self.failed)} failed'
-                 + ''.join(f'\n  FAILED: {run.name}, see {run.out_dir / "log.txt"}' for run in self.failed))
+        self.say(f'{len(self.finished)} runs finished, {len(self.failed)} failed')
+        for run in self.failed:
+            self.say(f'  FAILED: {run.name}, see {run.out_dir / "log.txt"}')
 
     def stop(self):
-        """Has the jobs save and end."""
-        for number in ENDING:           # a second one would cut the saving short
+        """Have the jobs save their state and end."""
+        for number in STOP_SIGNALS:  # a second one would cut the saving short
             signal.signal(number, signal.SIG_IGN)
         for job in self.jobs:
-            job.process.terminate()     # not SIGINT, to which the children of a background shell job are deaf
+            job.process.terminate()  # not SIGINT, which children of a background shell job ignore
         self.say(f'stopping: {len(self.jobs)} runs save their state')
         for job in self.jobs:
             job.process.wait()
@@ -553,11 +495,12 @@ class Sweep:
 def compare_command(runs, out):
     """The command that compares the runs of this sweep."""
     folders = [run.out_dir for run in runs]
-    named = [out] if set(find_runs([out])[0]) == set(folders) else folders
+    named = [out] if set(rundir.find_runs([out])[0]) == set(folders) else folders
     return shlex.join(['python', 'compare.py', *map(str, named), f'--out={out / "compare"}'])
 
 
 def parse_args(argv):
+    """(parsed arguments, the flags that go on to train.py)"""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('configs', nargs='*', help='run configs; default: those of the experiment')
@@ -565,23 +508,19 @@ def parse_args(argv):
                         help='a config file composed after each; may be repeated')
     parser.add_argument('--out', type=Path, default=Path('out'), help='where run folders go; default: out')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
-    parser.add_argument('--script', type=Path, default=ROOT / 'train.py',
-                        help='what trains a run, with train.py\'s arguments; default: train.py')
-    parser.add_argument('--dry-run', action='store_true',
-                        help='show the plan and how long it will take, and end')
+    parser.add_argument('--dry_run', action='store_true', help='show the plan and the time left, and end')
     parser.error = lambda message: fail(f'{message}; see python sweep.py --help')
     args, flags = parser.parse_known_args(argv)
     if args.jobs < 1:
-        fail(f'--jobs={args.jobs}: it must be at least 1')
-    if not args.script.is_file():
-        fail(f'--script={args.script}: there is no such file')
+        fail(f'--jobs is {args.jobs}, it must be at least 1')
     return args, flags
 
 
 def show_plan(runs, jobs, machine):
+    """Print how each run stands."""
     print(f'{len(runs)} runs, {jobs} at a time, {machine}:')
     for run in runs:
-        state, step = standing(run), latest(run).get('iter', 0)
+        state, step = state_of(run), rundir.last_metrics(run.out_dir).get('iter', 0)
         at = f'at step {step} of ' if state in ('running', 'resume') else ''
         whose = ', by another process' if state == 'running' else ''
         print(f'  {state}, {at}{run.config.max_iters} steps{whose}: {run.out_dir}')
@@ -593,31 +532,25 @@ def main(argv):
     runs = plan(configs, args.withs, parse_grid(flags), args.out)
     gpus = find_gpus() if any(run.config.device == 'cuda' for run in runs) else []
     cores = find_cores()
-    parts = shares(args.jobs, gpus, cores)
     show_plan(runs, args.jobs, f'{len(gpus)} GPUs' if gpus else f'{len(cores)} cores, no GPU')
-    if not args.dry_run:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f'--out={args.out} cannot be written: {error.strerror}')
-
-    for number in ENDING[1:]:
-        signal.signal(number, signal.default_int_handler)       # ends like Ctrl-C
-    sweep = None
+    sweep = Sweep(runs, divide(args.jobs, gpus, cores))
+    if sweep.waiting:
+        eta = sweep.eta()
+        print(f'time left: {eta}', 'until runs have made steps' if eta == 'unknown'
+              else 'at the speed of these runs so far', flush=True)
+    if args.dry_run:
+        return
     try:
-        paces, source = measure(runs, parts, args.script)
-        sweep = Sweep(runs, parts, args.script, paces)
-        if sweep.waiting:
-            print(f'about {duration(sweep.estimate)} of training left, from {source}' if paces
-                  else f'how long it takes is unknown until runs make steps: {source}', flush=True)
-        if args.dry_run:
-            return
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f'--out is {args.out}, which cannot be written: {error.strerror}')
+
+    for number in STOP_SIGNALS[1:]:
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C does
+    try:
         sweep.train()
     except KeyboardInterrupt:
-        if sweep:
-            sweep.stop()
-        else:
-            print('stopped before a run was started')
+        sweep.stop()
         sys.exit(130)
     if sweep.finished:
         print('compare them:', compare_command(runs, args.out), sep='\n  ')

@@ -1,4 +1,4 @@
-# any config at a size that two CPU cores train in under a minute, on text that every Python brings along
+# any config at a size that two CPU cores train in under a minute, on the Python standard library's sources
 # python train.py config/train_gpt2_12comm.py config/cpu.py
 dataset = 'pystdlib'
 device = 'cpu'

@@ -3,7 +3,7 @@
 dataset = 'fineweb'
 eval_tokens = 10_485_760
 batch_size = 16
-gradient_accumulation_steps = 32            # 524,288 tokens a step
+gradient_accumulation_steps = 32  # 524,288 tokens a step
 max_iters = 19_560
 learning_rate = 6e-4
 min_lr = 0.0

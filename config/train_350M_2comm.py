@@ -1,4 +1,4 @@
-# GPT-2 medium's size: Parallel alone
+# GPT-2 medium's size: all Parallel
 # torchrun --standalone --nproc_per_node=8 train.py config/train_350M_2comm.py --max_iters=20000
 wandb_log = True
 wandb_project = 'owt'
@@ -7,5 +7,5 @@ block_types = ['parallel'] * 24
 n_layer = 24
 n_head = 16
 n_embd = 1024
-batch_size = 6                          # half of the recipe's, for the memory; the step is the same
+batch_size = 6  # half of the recipe's, to save memory; the step is the same
 gradient_accumulation_steps = 80

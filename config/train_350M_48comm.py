@@ -7,5 +7,5 @@ block_types = ['tp'] * 24
 n_layer = 24
 n_head = 16
 n_embd = 1024
-batch_size = 6                          # half of the recipe's, for the memory; the step is the same
+batch_size = 6  # half of the recipe's, to save memory; the step is the same
 gradient_accumulation_steps = 80

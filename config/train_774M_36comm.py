@@ -7,5 +7,5 @@ block_types = ['spd'] * 36
 n_layer = 36
 n_head = 20
 n_embd = 1280
-batch_size = 4                          # a third of the recipe's, for the memory; the step is the same
+batch_size = 4  # a third of the recipe's, to save memory; the step is the same
 gradient_accumulation_steps = 120

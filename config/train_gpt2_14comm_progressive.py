@@ -1,4 +1,4 @@
-# placement: ever more syncs with depth
+# placement: more syncs with depth
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_14comm_progressive.py --max_iters=20000
 wandb_log = True
 wandb_project = 'owt'

@@ -1,4 +1,4 @@
-# placement: ever fewer syncs with depth
+# placement: fewer syncs with depth
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_14comm_reverse.py --max_iters=20000
 wandb_log = True
 wandb_project = 'owt'

@@ -1,9 +1,13 @@
 """
-configurator.py: what a run's config is made of, and the one line for whatever is wrong with it.
+configurator.py: what a run's config consists of, and the one line that reports a mistake in it.
 
     python -m pytest tests/test_configurator.py
 """
+
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +15,24 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from configurator import DEFAULTS, LIMITS, RENAMED, ROOT, accepts, fail, load, read_defaults, read_file
+from configurator import (
+    DEFAULTS,
+    HOUSEKEEPING,
+    LIMITS,
+    RENAMED,
+    ROOT,
+    VARIED,
+    accepts,
+    communications,
+    complete,
+    differences,
+    fail,
+    load,
+    read_defaults,
+    read_file,
+    recipe,
+    told,
+)
 
 KEYS = read_defaults()
 TWELVE, CPU = 'config/train_gpt2_12comm.py', 'config/cpu.py'
@@ -24,7 +45,7 @@ def in_the_project(monkeypatch):
 
 
 def refusal(*argv):
-    """What load() ends the program with: one line, printed by Python on stderr with exit status 1."""
+    """The line with which load() ends the program; Python prints it on stderr and exits with status 1."""
     with pytest.raises(SystemExit) as stopped:
         load(list(argv))
     message = stopped.value.code
@@ -59,7 +80,7 @@ def test_defaults_then_files_in_order_then_flags(write):
     (['mine.py', TWELVE], 'gpt2-124M-12comm'),
     ([TWELVE, CPU, '--wandb_run_name=other'], 'other'),
 ])
-def test_the_name_and_the_folder_of_composed_files(write, tmp_path, argv, name):
+def test_name_and_folder_of_composed_files(write, tmp_path, argv, name):
     mine = write('n_layer = 12')
     argv = [mine if arg == 'mine.py' else arg for arg in argv]
     config = load(argv)
@@ -97,12 +118,12 @@ def test_a_file_may_compute_and_import(write):
     assert type(config.learning_rate) is float
 
 
-def test_the_schedule_ends_with_the_run_unless_it_is_told_otherwise():
+def test_schedule_ends_with_the_run_unless_set_otherwise():
     assert load(['--max_iters=20000']).lr_decay_iters == 20000
     assert load(['--max_iters=20000', '--lr_decay_iters=600']).lr_decay_iters == 600
 
 
-def test_the_defaults_are_the_recipe():
+def test_defaults_are_the_recipe():
     config = load([])
     assert config.batch_size * config.gradient_accumulation_steps * config.block_size == 491520
     assert (config.learning_rate, config.min_lr, config.warmup_iters) == (6e-4, 6e-5, 2000)
@@ -160,6 +181,29 @@ def test_a_mistake_in_a_file_gets_one_line(write, text, words):
     assert all(word in message for word in [*words, path])
 
 
+@pytest.mark.parametrize('argv, words', [
+    (['--block_types=sdp'], ["'sdp'", 'layer 0', 'spd?', '--block_types=sdp']),
+    (['--block_types=tp,Parallel'], ["'Parallel'", 'layer 1', 'parallel?']),
+    (["--block_types=['tp', 'attn']*6"], ["'attn'", 'layer 1', 'attn_spd?']),
+    (["--block_types=['tp', 5]*6"], ['5', 'layer 1', 'tp, spd, parallel']),
+    (["--block_types=['tp', ['spd']]*6"], ["['spd']", 'layer 1']),
+    (['--block_types='], ["''", 'layer 0']),
+    (['mine.py'], ["'parralel'", 'layer 2', 'parallel?', 'mine.py']),
+])
+def test_an_unknown_block_type_gets_one_line_with_the_nearest_name(write, argv, words):
+    mine = write("block_types = ['tp', 'spd', 'parralel'] * 4")
+    message = refusal(*[mine if arg == 'mine.py' else arg for arg in argv])
+    assert all(word in message for word in words)
+
+
+def test_an_unknown_block_type_is_refused_before_torch_is_loaded(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise SystemExit("torch was loaded")')
+    ended = subprocess.run([sys.executable, ROOT / 'train.py', '--block_types=sdp'], capture_output=True,
+                           text=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert ended.returncode == 1 and ended.stdout == ''
+    assert ended.stderr.startswith('error: block_types has') and len(ended.stderr.splitlines()) == 1
+
+
 def test_a_file_that_is_not_text_gets_one_line(tmp_path):
     (tmp_path / 'bytes.py').write_bytes(b'seed = 2 # \xff\xfe')
     assert 'bytes.py' in refusal(str(tmp_path / 'bytes.py'))
@@ -167,7 +211,7 @@ def test_a_file_that_is_not_text_gets_one_line(tmp_path):
     assert 'folder.py' in refusal(str(tmp_path / 'folder.py'))
 
 
-def test_under_torchrun_the_first_process_speaks_at_once_and_the_others_after_it(monkeypatch, capsys):
+def test_under_torchrun_rank_0_prints_at_once_and_the_others_after_it(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(time, 'sleep', waited.append)
     for process, seconds in ('0', []), ('1', [5]):
@@ -177,6 +221,95 @@ def test_under_torchrun_the_first_process_speaks_at_once_and_the_others_after_it
         assert stopped.value.code == 'error: what is wrong' and waited == seconds
     assert capsys.readouterr() == ('', '')
 
+
+def test_a_refusal_names_the_origin_of_the_keys_in_it():
+    config = load([CPU, '--tp_size=5'])
+    with pytest.raises(SystemExit) as stopped, config.refusing():
+        raise ValueError('tp_size is 5, which does not\ndivide n_head, 8')
+    assert stopped.value.code == ('error: tp_size is 5, which does not divide n_head, 8 '
+                                  f'(n_head from {CPU}, tp_size from --tp_size=5)')
+    with pytest.raises(KeyError), config.refusing():
+        raise KeyError('tp_size')  # a bug, not a mistake in the config
+
+
+# the keys
+
+
+def test_help_lists_every_key_with_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(['--n_layers=6', '--help'])
+    assert not stopped.value.code
+    lines = capsys.readouterr().out.splitlines()
+    for key, (default, _, comment) in KEYS.items():
+        assert comment
+        assert len([line for line in lines if f'--{key}={default} ' in line and comment in line]) == 1
+
+
+def test_keys_are_nanogpts_and_each_has_one_default():
+    words = DEFAULTS.read_text().split()
+    assert not [key for key in KEYS if words.count(f'{key}:') != 1]
+    assert KEYS.keys() >= set(
+        'out_dir eval_interval log_interval eval_only always_save_checkpoint init_from wandb_log '
+        'wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer '
+        'n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr '
+        'warmup_iters lr_decay_iters min_lr backend device dtype compile eval_tokens tp_size block_types '
+        'seed'.split())
+
+
+def test_tables_name_only_keys_that_exist():
+    assert LIMITS.keys() | VARIED | HOUSEKEEPING <= KEYS.keys()
+    assert not RENAMED.keys() & KEYS.keys()
+    assert {hint.split(',')[0] for hint in RENAMED.values()} <= KEYS.keys()
+
+
+def test_cpu_py_sets_nothing_that_runs_differ_in():
+    assert not read_file(CPU).keys() & {*VARIED, 'n_layer', 'wandb_run_name', 'out_dir'}
+
+
+# comparing configs
+
+
+@pytest.mark.parametrize('block_types, count', [
+    (['tp'] * 12, 24), (['spd'] * 12, 12), (['parallel'] * 12, 2), (['attn_spd', 'parallel'] * 6, 8),
+    (['spd', 'parallel', 'parallel'] * 4, 6),
+])
+def test_communications_of_a_network(block_types, count):
+    assert communications(block_types, 4) == count and communications(block_types, 1) == 0
+
+
+def test_communications_of_an_unknown_type_are_not_guessed():
+    with pytest.raises(KeyError):
+        communications(['tp', 'new'], 2)
+
+
+def test_differences_are_those_that_change_the_run():
+    ours, theirs = (vars(load([CPU, *flags])) for flags in (
+        ['--device=cuda', '--out_dir=here', '--n_embd=32'], ['--log_interval=3', '--merge=mean']))
+    assert told(differences(theirs, ours)) == 'merge is mean there, sum here, n_embd is 64 there, 32 here'
+    assert differences(ours, dict(ours, compile=True)) == {}
+
+
+def test_runs_share_a_recipe_whatever_blocks_ranks_and_micro_batches_they_have():
+    base = recipe(vars(load([])))
+    for flags in ['--block_types=spd', '--tp_size=4', '--seed=2', '--merge=mean', '--compile=False'], [
+            '--batch_size=8', '--gradient_accumulation_steps=60']:
+        assert recipe(vars(load(flags))) == base
+    for flag in '--batch_size=8', '--max_iters=20000', '--n_embd=384':
+        assert recipe(vars(load([flag]))) != base
+
+
+@pytest.mark.parametrize('file', sorted(ROOT.glob('config/variants/*_mean.py')), ids=lambda file: file.stem)
+def test_saved_configs_of_earlier_versions_are_those_of_today(file):
+    today = vars(load([str(file), CPU]))
+    saved = dict(today, block_types=[f'mean_{name}' for name in today['block_types']])
+    for key in 'merge', 'log_drift', 'checkpoint_interval':
+        del saved[key]
+    assert complete(saved) == today
+    assert complete(today) == today
+    assert 'merge' not in saved  # it is left as it was
+
+
+# any input
 
 TEXTS = st.one_of(
     st.text(st.characters(codec='utf-8')),
@@ -196,7 +329,7 @@ TEXTS = st.one_of(
 @example('max_iters', '-' * 20000 + '1')
 @example('max_iters', '(' * 300 + '1' + ')' * 300)
 @example('dataset', '\ud800')
-def test_any_text_is_taken_with_the_type_of_its_key_or_refused_in_one_line(key, text):
+def test_any_text_gives_the_type_of_its_key_or_one_line(key, text):
     try:
         value = getattr(load([f'--{key}={text}']), key)
     except SystemExit as stopped:
@@ -209,38 +342,6 @@ def test_any_text_is_taken_with_the_type_of_its_key_or_refused_in_one_line(key, 
         assert type(value) is not float or math.isfinite(value)
         if isinstance(value, str) and key not in ('out_dir', 'wandb_run_name'):
             assert value == text or value == text.strip().strip('\'"')
-
-
-def test_help_lists_every_key_with_its_default_and_its_meaning(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        load(['--n_layers=6', '--help'])
-    assert not stopped.value.code
-    lines = capsys.readouterr().out.splitlines()
-    for key, (default, _, comment) in KEYS.items():
-        its = [line for line in lines if f'--{key}={default}' in line and comment and comment in line]
-        assert len(its) == 1
-
-
-def test_the_keys_are_those_that_users_know():
-    names = DEFAULTS.read_text().split()
-    assert not [key for key in KEYS if names.count(f'{key}:') != 1]
-    assert KEYS.keys() >= set(
-        'out_dir eval_interval log_interval eval_only always_save_checkpoint init_from wandb_log '
-        'wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer '
-        'n_head n_embd dropout bias learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr '
-        'warmup_iters lr_decay_iters min_lr backend device dtype compile eval_tokens tp_size block_types '
-        'seed'.split())
-
-
-def test_tables_name_only_keys_that_exist():
-    assert LIMITS.keys() <= KEYS.keys()
-    assert not RENAMED.keys() & KEYS.keys()
-    assert {hint.split(',')[0] for hint in RENAMED.values()} <= KEYS.keys()
-
-
-def test_cpu_py_leaves_what_the_runs_differ_in():
-    assert not read_file(CPU).keys() & {
-        'n_layer', 'block_types', 'tp_size', 'seed', 'wandb_run_name', 'out_dir'}
 
 
 LITERALS = st.recursive(

@@ -1,6 +1,7 @@
-# SPD alone, merged by the mean
-# python variants.py config/variants/train_gpt2_12comm_mean.py config/cpu.py
+# all SPD, merged by the mean
+# python train.py config/variants/train_gpt2_12comm_mean.py config/cpu.py
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-12comm-mean'
-block_types = ['mean_spd'] * 12
+block_types = ['spd'] * 12
+merge = 'mean'

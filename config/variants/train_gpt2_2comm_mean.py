@@ -1,6 +1,7 @@
-# Parallel alone, merged by the mean
-# python variants.py config/variants/train_gpt2_2comm_mean.py config/cpu.py
+# all Parallel, merged by the mean
+# python train.py config/variants/train_gpt2_2comm_mean.py config/cpu.py
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-2comm-mean'
-block_types = ['mean_parallel'] * 12
+block_types = ['parallel'] * 12
+merge = 'mean'

@@ -1,5 +1,5 @@
-# syncs after attention in every third layer: 5 all-reduces, as 6comm
-# python variants.py config/variants/train_gpt2_6comm_attn.py config/cpu.py
+# sync after attention, alternating with Parallel, Parallel: 5 all-reduces, like 6comm
+# python train.py config/variants/train_gpt2_6comm_attn.py config/cpu.py
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-6comm-attn'

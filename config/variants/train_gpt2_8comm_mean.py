@@ -1,6 +1,7 @@
 # alternating SPD and Parallel, merged by the mean
-# python variants.py config/variants/train_gpt2_8comm_mean.py config/cpu.py
+# python train.py config/variants/train_gpt2_8comm_mean.py config/cpu.py
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-8comm-mean'
-block_types = ['mean_spd', 'mean_parallel'] * 6
+block_types = ['spd', 'parallel'] * 6
+merge = 'mean'
