@@ -231,6 +231,7 @@ def test_a_stopped_sweep_saves_its_runs_and_the_next_one_resumes_them(tmp_path, 
             time.sleep(0.02)
         os.kill(os.getpid(), number)
     ours = {number: signal.getsignal(number) for number in sweep.STOP_SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     threading.Thread(target=stop).start()
     try:
         with pytest.raises(SystemExit) as end:
