@@ -8,7 +8,9 @@ with one line: the value, where it came from, and what would be right.
 """
 
 import ast
+import atexit
 import difflib
+import errno
 import os
 import re
 import signal
@@ -28,12 +30,12 @@ RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]  # b
 
 # the communications of one layer of each block type, by the guide's rule. model.py and variants.py define the
 # blocks; this table is what can be known of them without loading torch
-COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1}
+COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1, 'palm': 1}
 # the keys that an experiment varies; the rest of a config is the recipe
-VARIED = {'seed', 'block_types', 'tp_size', 'merge'}
+VARIED = {'seed', 'block_types', 'tp_size', 'merge', 'embed_scale', 'perturb'}
 # the keys that change neither the recipe nor what a run computes
 HOUSEKEEPING = {
-    'out_dir', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
+    'out_dir', 'plan', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
     'checkpoint_interval', 'keep_checkpoints',
     'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
     'tp_across_nodes', 'eval_train_tokens', 'log_drift',
@@ -52,6 +54,7 @@ LIMITS = dict(  # of values; GPTConfig checks the model's other keys
     n_layer=LAYERS, learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE,
     beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
+    embed_scale=POSITIVE, perturb=NOT_NEGATIVE,
 )
 RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}
 
@@ -62,10 +65,73 @@ def fail(message):
 
     Under torchrun only rank 0 prints; the others wait to be terminated.
     """
-    if int(os.environ.get('RANK', 0)) > 0:
+    if os.environ.get('RANK', '0') != '0':
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # a process that is not terminated by then has found what rank 0 did not
     sys.exit('error: ' + ' '.join(message.split()))
+
+
+class Output:
+    """
+    stdout or stderr, which the program outlives: what a closed terminal, a full disk or a reader that has
+    left does not take is dropped.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        atexit.register(self.close)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def attempt(self, call):
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a disk may have room again
+                self.discard()
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def close(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.discard()
+
+    def discard(self):
+        """Have everything from here on, and what is buffered, go nowhere."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)
+
+
+def begin_program():
+    """
+    What each script does first: outlive its output, and leave with one line on Ctrl-C until it has its own
+    way to stop.
+    """
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        if getattr(sys, name) is None:  # closed by the caller; no file opened later may take its number
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+            setattr(sys, name, open(number, 'r' if number == 0 else 'w', closefd=False))
+    for name in ('stdout', 'stderr'):
+        getattr(sys, name).reconfigure(errors='backslashreplace')
+        setattr(sys, name, Output(getattr(sys, name)))
+
+    def leave(number, frame):
+        sys.stderr.write('stopped\n')
+        sys.stderr.flush()
+        os._exit(128 + number)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not if a shell had it ignored
+        signal.signal(signal.SIGINT, leave)
 
 
 class Config(SimpleNamespace):
@@ -90,7 +156,7 @@ class Config(SimpleNamespace):
 @cache
 def read_defaults():
     """config/defaults.py as {key: (default, annotated type, comment)}."""
-    text = DEFAULTS.read_text()
+    text = DEFAULTS.read_text(encoding='utf-8')
     namespace, lines, keys = {}, text.splitlines(), {}
     exec(compile(text, DEFAULTS, 'exec'), namespace)
     for node in ast.parse(text).body:
@@ -131,12 +197,16 @@ def check(key, value, source, keys):
     if key not in keys:
         close = difflib.get_close_matches(key, keys, n=1)
         hint = RENAMED.get(key) or (f'{close[0]}?' if close else 'see --help')
+        if not source.startswith('--'):
+            hint += f'; a helper variable begins with an underscore, _{key}'
         fail(f'{source}: no key is called {key}; {hint}')
     kind = keys[key][1]
     if key == 'block_types' and isinstance(value, str):
         return value  # a pattern, which resolve() repeats once n_layer is known
     if isinstance(value, tuple):
         value = list(value)
+    if type(value).__module__ == 'numpy' and hasattr(value, 'item'):
+        value = value.item() if value.ndim == 0 else value.tolist()
     if not accepts(kind, value):
         fail(f'{source}: {key} is {value!r}, it must be {in_words(kind)}')
     if type(value) in (int, float) and float in alternatives(kind):
@@ -150,11 +220,14 @@ def check(key, value, source, keys):
 
 
 def read_file(path):
-    """A config file's assignments, as a dict. Imports and names with a leading underscore are ignored."""
+    """
+    The assignments of a config file, as a dict. Helpers are ignored: what is imported or can be called, and
+    names with a leading underscore.
+    """
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        known = [f'config/{p.name}' for p in DEFAULTS.parent.glob('*.py')]
+        text = Path(path).read_text(encoding='utf-8-sig')  # some editors put a mark before the text
+    except (OSError, ValueError) as error:
+        known = {f'config/{p.name}' for p in DEFAULTS.parent.glob('*.py')} - {str(path)}
         close = difflib.get_close_matches(str(path), known, n=1)
         fail(f'{path}: not a readable config file ({getattr(error, "strerror", None) or error})'
              + (f'; {close[0]}?' if close else ''))
@@ -164,7 +237,7 @@ def read_file(path):
     except (Exception, SystemExit) as error:  # report any error in the user's file in one line
         fail(f'{path}: {type(error).__name__}: {error}')
     return {key: value for key, value in namespace.items()
-            if not key.startswith('_') and not isinstance(value, types.ModuleType)}
+            if not (key.startswith('_') or callable(value) or isinstance(value, types.ModuleType))}
 
 
 def parse_value(text, kind):
@@ -274,8 +347,15 @@ def resolve(config, stems):
                           + (f'{close[0]}?' if close else f'there are {", ".join(COMMUNICATIONS)}'))
     if config.lr_decay_iters is None:
         config.lr_decay_iters = config.max_iters
+    if config.min_lr is None:
+        config.min_lr = float(f'{config.learning_rate / 10:.12g}')  # 6e-4 / 10 is not 6e-5 in floats
     if config.decay_lr and config.min_lr > config.learning_rate:
         config.refuse(f'min_lr is {config.min_lr}, above learning_rate, {config.learning_rate}')
+    if config.plan and not Path(config.plan).is_file():
+        config.refuse(f'plan is {config.plan}, which is not a file')
+    for key in 'wandb_run_name', 'out_dir':
+        if (value := getattr(config, key)) is not None and not value.strip():
+            config.refuse(f'{key} is {value!r}, it must not be empty')
     config.wandb_run_name = '-'.join([config.wandb_run_name, *stems])
     if config.out_dir is None:
         config.out_dir = f'out/{config.wandb_run_name}'

@@ -390,6 +390,7 @@ class GPTConfig:
     tp_size: int = 2  # R; 1 is the dense control
     block_types: list | None = None  # one of BLOCKS per layer; None: all 'tp'
     merge: str = 'sum'  # of the ranks' additions at each sync; or 'mean'
+    embed_scale: float = 1.0  # c starts at embed_scale x (wte + wpe)
 
     def __post_init__(self):
         if self.block_types is None:
@@ -507,6 +508,8 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= self.config.block_size, f'{T} tokens, block_size is {self.config.block_size}'
         c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
+        if self.config.embed_scale != 1:
+            c = self.config.embed_scale * c
         c = F.dropout(enter_stream(c, self.tp), self.config.dropout, self.training)  # replicated (B, T, C)
         stream = Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge)
         for block in self.transformer.h:

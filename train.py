@@ -17,9 +17,10 @@ import sys
 import time
 from contextlib import nullcontext
 
-from configurator import communications, fail, load, model_vocab_size
+from configurator import begin_program, communications, fail, load, model_vocab_size
 
 if __name__ == '__main__':
+    begin_program()
     load(sys.argv[1:])  # --help and mistakes are reported before torch is loaded
 
 import numpy as np
@@ -29,11 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 from data.corpus import open_corpus
 from data.dataloader import TrainLoader, val_batches
 from model import GPT, count_all_reduces
-from training.checkpoint import Progress, Writer, resume
-from training.distributed import all_reduce_sum, find_world, joined, on_rank0
+from training.checkpoint import Writer, resume
+from training.distributed import all_reduce_sum, find_world, joined, on_rank0, require_agreement
 from training.drift import measure_drift
 from training.logger import Log, introduction
-from training.rundir import claim, git_commit
+from training.rundir import claim, git_commit, read_plan
 from variants import gpt_config
 
 RESUMABLE = 75  # exit status, EX_TEMPFAIL: stopped by a signal, saved, can be resumed
@@ -55,13 +56,31 @@ def open_data(config, world):
     return corpus, loader, model_config
 
 
+def facts(config, corpus):
+    """What must be the same on every process before the first step, by name."""
+    own = {'out_dir', 'device', 'wandb_log', 'wandb_project', 'wandb_run_name'}  # rank 0's, or each one's
+    keys = {key: value for key, value in vars(config).items() if key not in own}
+    files = {f'data/{corpus.name}, {split}': corpus.meta['splits'][split] for split in ('train', 'val')}
+    return keys | files | dict(torch=torch.__version__, commit=git_commit())
+
+
 def build_model(config, model_config, world):
     """(the GPT of this process, the AllReduces of a pass). A seed gives one network, whatever the blocks."""
     torch.manual_seed(config.seed)  # on the CPU: the same weights on every device
     dense = GPT(model_config)
+    if config.perturb:
+        perturb_weights(dense, config.perturb, config.seed)
     observed = observe_all_reduces(dense)
     model = dense if world.tp is None else dense.shard(world.tp)
     return model.to(world.device), observed
+
+
+@torch.no_grad()
+def perturb_weights(model, scale, seed):
+    """Each weight times 1 + scale x normal, from a stream of random numbers of its own."""
+    own = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, 1)).generate_state(1)[0]))
+    for p in model.parameters():
+        p.mul_(1 + scale * torch.randn(p.shape, generator=own))
 
 
 def observe_all_reduces(model):
@@ -104,24 +123,47 @@ def autocast(config, world):
 
 
 def compiled(model, micro_batch, config, world, say):
-    """The model under torch.compile, tried on a micro-batch of zeros; falls back to eager, with a warning."""
-    reason = None
+    """
+    The model under torch.compile, if it gives the loss and gradient norm of a micro-batch that it gives
+    eagerly, up to rounding. Else the model itself, with a warning.
+    """
+    tokens = torch.randint(model.config.vocab_size, (2, micro_batch, config.block_size),
+                           generator=torch.Generator().manual_seed(0)).to(world.device)
+    compiled_model, reason = torch.compile(model), None
+    model.train(not config.dropout)  # compiled code draws other dropout masks
     try:
-        compiled_model = torch.compile(model)
-        idx = torch.zeros(micro_batch, config.block_size, dtype=torch.long, device=world.device)
-        with autocast(config, world):
-            loss = compiled_model(idx, idx)[1]
-        loss.backward()
+        eager = loss_and_norm(model, model, *tokens, 1, config, world)  # by single windows, to save memory
+        found = loss_and_norm(model, compiled_model, *tokens, micro_batch, config, world)
+        if not torch.allclose(found, eager, rtol=1e-3 if config.dtype == 'float32' else 0.1):
+            reason = f'loss and gradient norm are {found.tolist()}, {eager.tolist()} eagerly'
+        if config.dropout:
+            loss_and_norm(model.train(), compiled_model, *tokens, micro_batch, config, world)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways, and eager training needs none of them
         reason = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
-    model.zero_grad(set_to_none=True)
+    model.train().zero_grad(set_to_none=True)
     failures = all_reduce_sum(torch.tensor(float(reason is not None), device=world.device), world)
     if failures.item() == 0:
         return compiled_model
     say(f'warning: torch.compile failed, training runs eagerly ({reason or "on another process"})')
     return model
+
+
+def loss_and_norm(model, candidate, x, y, windows, config, world):
+    """
+    x, y (B, T) -> a tensor (2,): the mean loss by `candidate`, which is the model or the model compiled, a
+    number of windows at a time, and the norm of its gradient.
+    """
+    total = torch.zeros((), device=world.device)
+    for part_x, part_y in zip(x.split(windows), y.split(windows), strict=True):
+        with autocast(config, world):
+            loss = candidate(part_x, part_y)[1] * len(part_x) / len(x)
+        loss.backward()
+        total += loss.detach()
+    norm = model.gradient_norm()
+    model.zero_grad(set_to_none=True)
+    return torch.stack((total, norm))
 
 
 def describe(config, corpus, model, observed, world):
@@ -135,7 +177,7 @@ def describe(config, corpus, model, observed, world):
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
         processes=world.processes, device=world.device_name, git_commit=git_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        argv=sys.argv[1:])
+        plan=config.plan and read_plan(config.plan), argv=sys.argv[1:])
 
 
 # a step and an evaluation
@@ -244,6 +286,13 @@ def warn_nonfinite(bad_steps, loss, norm, lr, state, scaled, config, log):
              f'--learning_rate or --grad_clip=1.0; the checkpoints in {config.out_dir} are intact')
 
 
+def catch_signals():
+    """Have the signals that ask a run to end noted in `signals`; the loop reads them after each step."""
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, lambda number, frame: signals.append(number))
+
+
 def evaluation_is_due(state, config):
     """At every eval_interval and at the end, unless it was made before the run was resumed."""
     regular = state.iter % config.eval_interval == 0 or state.iter == config.max_iters
@@ -263,19 +312,18 @@ def main(argv):
     corpus, loader, model_config = open_data(config, world)  # refusals come before processes join
     with joined(config, world, loader.micro_batch) as world:
         with config.refusing():
+            require_agreement(facts(config, corpus), world)
             if not config.eval_only and (result := on_rank0(lambda: claim(config), world)):
                 return world.say(result)  # finished already
             raw_model, observed = build_model(config, model_config, world)
             net = Network(raw_model, config)
-            resuming = config.init_from == 'resume'
-            state, saved, messages = resume(net, config, corpus) if resuming else (Progress(), None, [])
+            state, saved, messages = resume(net, config, corpus, world)
         if config.eval_only:
             loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
             words = f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}'
             return world.say(*messages, words)
         info = describe(config, corpus, raw_model, observed, world)
-        for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1:
-            signal.signal(number, lambda number, frame: signals.append(number))
+        catch_signals()
         log = Log(config, world, info, state)
         with Writer(net, state, info, log, config, corpus, world, saved) as writer:
             log.say(*introduction(info), *messages)

@@ -20,6 +20,17 @@ class AttentionSPDBlock(Block, name='attn_spd'):
         return s.add(self.mlp(self.ln_2(s.u)))
 
 
+class PaLMBlock(Block, name='palm'):
+    """
+    Attention beside the MLP: both read the same stream, so nothing drifts. 1 sync point.
+
+    PaLM (arXiv 2204.02311, section 2), but two LayerNorms, as in GPT-NeoX, so that parameters are GPT-2's.
+    """
+
+    def forward(self, s):
+        return s.sync(self.attn(self.ln_1(s.u)), self.mlp(self.ln_2(s.u)))
+
+
 def gpt_config(keys, vocab_size):
     """
     The GPTConfig of a run's keys, a dict. It knows every block type of model.py and of this file.

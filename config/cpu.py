@@ -13,7 +13,6 @@ batch_size = 16
 gradient_accumulation_steps = 1
 
 learning_rate = 2e-3
-min_lr = 2e-4
 max_iters = 400
 warmup_iters = 40
 eval_interval = 100

@@ -14,6 +14,7 @@ always_save_checkpoint: bool = True  # save at every evaluation; False: only at 
 checkpoint_interval: int | None = None  # updates between saves instead, besides the best so far
 keep_checkpoints: int = 0  # earlier checkpoints to keep besides the latest, named by step
 init_from: Literal['scratch', 'resume'] = 'scratch'  # resume: continue from out_dir/ckpt.pt
+plan: str | None = None  # a file that states the experiment before it runs; run.json keeps its text
 seed: int = 1337  # of initial weights, batches and dropout
 
 # weights & biases
@@ -36,6 +37,8 @@ bias: bool = False  # biases in linear layers and LayerNorms
 tp_size: int = 2  # tensor-parallel ranks, R; 1 is the dense control
 block_types: list | None = None  # a type for each layer, or a pattern: tp,spd,spd; None: all tp
 merge: Literal['sum', 'mean'] = 'sum'  # how a sync merges what the ranks have added
+embed_scale: float = 1.0  # times the embeddings, where the residual stream starts
+perturb: float = 0.0  # relative size of a random change of the initial weights, for the noise floor
 
 # optimizer
 learning_rate: float = 6e-4  # the highest, after warmup
@@ -49,7 +52,7 @@ grad_clip: float = 1.0  # clip the gradient's norm to this; 0: no clipping
 decay_lr: bool = True  # False: learning_rate throughout, without warmup
 warmup_iters: int = 2000  # updates over which the rate rises
 lr_decay_iters: int | None = None  # the cosine reaches min_lr here; None: at max_iters
-min_lr: float = 6e-5  # the lowest, after the cosine
+min_lr: float | None = None  # the lowest, after the cosine; None: a tenth of learning_rate
 
 # system
 backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on CUDA, gloo elsewhere

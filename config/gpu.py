@@ -8,7 +8,6 @@ batch_size = 16
 gradient_accumulation_steps = 1
 
 learning_rate = 1e-3
-min_lr = 1e-4
 max_iters = 2000
 warmup_iters = 100
 eval_interval = 250

@@ -9,6 +9,7 @@ Checkpoints: dense weights and moments, written by a thread so that at every mom
 
 import math
 import os
+import re
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import torch
 
 from configurator import complete, differences
 from model import join_shards, take_shard
-from training.distributed import broadcast
+from training.distributed import broadcast, broadcast_state, on_rank0
 from training.logger import finite
 from training.rundir import LATEST, atomic_write, write_json
 
@@ -43,8 +44,9 @@ class Progress:
 
 
 def kept(out_dir):
-    """The checkpoints that are named by step, the oldest first."""
-    return sorted(Path(out_dir).glob('ckpt-[0-9]*.pt'))
+    """The checkpoints that save() named by step, the oldest first; no other file, which may be a person's."""
+    names = [path for path in Path(out_dir).glob('ckpt-*.pt') if re.fullmatch(r'ckpt-\d{8,}\.pt', path.name)]
+    return sorted(names, key=lambda path: int(path.stem[5:]))
 
 
 def link_as(path, name):
@@ -167,16 +169,26 @@ def load_dense_state(net, saved):
     net.optimizer.load_state_dict(dict(net.optimizer.state_dict(), state=moments))
 
 
-def resume(net, config, corpus):
+def resume(net, config, corpus, world):
     """
-    Load the newest readable checkpoint of out_dir into net.
+    If init_from is resume, load the newest readable checkpoint of out_dir into net. Rank 0 reads it and sends
+    it to all. Collective.
 
-    Returns (its Progress, its step if it is ckpt.pt, messages to log).
+    Returns (its Progress, its step if it is ckpt.pt, messages to log); else a new Progress.
 
     Raises ValueError, in one line, if none fits.
     """
-    messages = []
-    path, saved = load_latest(config.out_dir, messages.append)
+    if config.init_from != 'resume':
+        return Progress(), None, []
+    messages, saved = [], None
+
+    def read():
+        nonlocal saved
+        path, saved = load_latest(config.out_dir, messages.append)
+        return path
+
+    path = on_rank0(read, world)
+    saved = broadcast_state(saved, world)
     network = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'}
 
     def identity(keys, vocab_size, corpus):
@@ -194,7 +206,7 @@ def resume(net, config, corpus):
         for field in fields(Progress):
             if not isinstance(getattr(state, field.name), field.type):
                 raise ValueError(f'{field.name} is {getattr(state, field.name)!r:.40}')
-        if state.iter > config.max_iters:
+        if state.iter > config.max_iters and not config.eval_only:
             raise ValueError(f'max_iters is {config.max_iters}, it is at step {state.iter} already')
         load_dense_state(net, saved)
         net.scaler.load_state_dict(saved['scaler'])
@@ -252,8 +264,11 @@ class Writer:
             self.log.flush()  # the lines that a checkpoint counts on are on the disk before it
             save(self.config.out_dir, saved, best, self.config.keep_checkpoints)
             self.saved = saved['iter']
-        except (OSError, RuntimeError) as error:  # torch.save wraps OSError in RuntimeError
-            self.log.say(f'warning: no checkpoint at step {saved["iter"]}, {error}; the last one is intact')
+        except (OSError, RuntimeError) as error:
+            while not isinstance(error, OSError) and error.__context__:
+                error = error.__context__  # torch.save hides an OSError in a RuntimeError of its own
+            why = getattr(error, 'strerror', None) or error
+            self.log.say(f'warning: no checkpoint at step {saved["iter"]}: {why}; the last one is intact')
 
     def wait(self):
         """Wait for the checkpoint that is being written, if any."""

@@ -5,6 +5,7 @@ The processes of a run: their device, their tensor- and data-parallel groups, an
 import ctypes
 import os
 import re
+import socket
 import sys
 import time
 from contextlib import contextmanager
@@ -71,8 +72,29 @@ class World(NamedTuple):
 
 def find_world(config):
     """The World that torchrun's environment describes, not yet joined. Refuses a device that is not there."""
-    processes = int(os.environ.get('WORLD_SIZE', 1))
-    return World(int(os.environ.get('RANK', 0)), processes, lay_out(config, processes), find_device(config))
+    process, processes = read_environment()
+    device = find_device(config)
+    if processes > 1 and config.backend == 'nccl' and device.type != 'cuda':
+        config.refuse(f'backend is nccl, which needs GPUs, and device is {device}; leave backend out')
+    return World(process, processes, lay_out(config, processes), device)
+
+
+def read_environment():
+    """(RANK, WORLD_SIZE) as torchrun sets them; (0, 1) without it. Ends the program if some are missing."""
+    names = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if 'RANK' not in given and given.get('WORLD_SIZE', '1') == '1':
+        return 0, 1
+    words = ' '.join(f'{name}={value}' for name, value in given.items())
+    missing = [name for name in names if name not in given]
+    if missing:
+        fail(f'the environment has {words} but not {", ".join(missing)}: start with torchrun, which sets all '
+             'of them, or unset these')
+    numbers = all(given[name].isdecimal() for name in names[:3])
+    if not numbers or int(given['RANK']) >= int(given['WORLD_SIZE']):
+        fail(f'the environment has {words}, but RANK must be a number below WORLD_SIZE: start with torchrun, '
+             'or unset these')
+    return int(given['RANK']), int(given['WORLD_SIZE'])
 
 
 def find_device(config):
@@ -153,12 +175,15 @@ def joined(config, world, micro_batch):
 def connect(config, world):
     """The World with its process groups. Collective."""
     backend = config.backend or ('nccl' if world.device.type == 'cuda' else 'gloo')
+    check_interface(backend)
+    began = time.monotonic()
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    except RuntimeError as error:
-        sys.exit(f'error: process {world.process} of {world.processes} could not reach all others at '
-                 f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")} in ten minutes '
-                 f'({str(error).partition(chr(10))[0]})')
+    except (RuntimeError, ValueError) as error:
+        address = ' '.join(f'{name}={os.environ[name]}' for name in ('MASTER_ADDR', 'MASTER_PORT'))
+        seconds = time.monotonic() - began
+        sys.exit(f'error: process {world.process} of {world.processes} could not join the others at {address} '
+                 f'in {seconds:.0f} seconds: {str(error).partition(chr(10))[0]}')
     mesh = DeviceMesh(world.device.type, torch.tensor(world.layout), mesh_dim_names=('ddp', 'tp'))
     if world.tp_processes > 1:
         tp_rank = world.layout[world.ddp_rank].index(world.process)
@@ -166,6 +191,18 @@ def connect(config, world):
     if world.ddp_size > 1:
         world = world._replace(ddp_group=mesh.get_group('ddp'))
     return world
+
+
+def check_interface(backend):
+    """Ends the program if the variable for gloo's or NCCL's network interface names one that is missing."""
+    variable = f'{backend.upper()}_SOCKET_IFNAME'
+    asked, there = os.environ.get(variable, ''), [name for _, name in socket.if_nameindex()]
+    # NCCL takes prefixes, and with ^ those that it must not use
+    fits = str.startswith if backend == 'nccl' else str.__eq__
+    missing = [name for name in asked.lstrip('=').split(',') if not any(fits(other, name) for other in there)]
+    if asked and missing and not asked.startswith('^'):
+        fail(f'{variable} is {asked}, but this machine has no network interface {missing[0]}, only '
+             f'{", ".join(there)}; set it to one of these or unset it')
 
 
 def fail_for_lost_peers(world, out_dir):
@@ -211,6 +248,44 @@ def on_rank0(function, world):
     if error is not None:
         raise ValueError(error)
     return result
+
+
+class Hole(NamedTuple):
+    """In place of a tensor that is on its way."""
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def broadcast_state(state, world):
+    """Rank 0's state, nested dicts with tensors on the CPU, on every process. Collective."""
+    def outline(value):
+        if isinstance(value, dict):
+            return {key: outline(entry) for key, entry in value.items()}
+        return Hole(value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+
+    def fill(value, own):
+        if isinstance(value, dict):
+            return {key: fill(entry, own and own[key]) for key, entry in value.items()}
+        if not isinstance(value, Hole):
+            return value
+        tensor = (torch.empty(value.shape, dtype=value.dtype) if own is None else own).to(world.device)
+        dist.broadcast(tensor, src=0)
+        return tensor.cpu()
+
+    return fill(broadcast(outline(state), world), state) if world.processes > 1 else state
+
+
+def require_agreement(facts, world):
+    """Raises ValueError, on every process, if the facts, a dict, differ between processes. Collective."""
+    everywhere = [facts]
+    if world.processes > 1:
+        everywhere = [None] * world.processes
+        dist.all_gather_object(everywhere, facts)
+    for process, theirs in enumerate(everywhere):
+        for key, value in everywhere[0].items():
+            if theirs[key] != value:
+                raise ValueError(f'{key} is {value!r:.80} for process 0, but {theirs[key]!r:.80} for process '
+                                 f'{process}; all processes must train the same run')
 
 
 def all_reduce_sum(values, world):

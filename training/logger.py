@@ -145,23 +145,27 @@ class Log:
                 self.guard_wandb(lambda: self.wandb.finish(exit_code))
 
     def start_wandb(self, wandb_id):
-        """Open the W&B run, or resume the one of that id. Without a key it runs offline and never asks."""
+        """Open the W&B run, or resume the one of that id. Without a key or a network it is kept offline."""
         config, info = self.config, self.info
         os.environ.setdefault('WANDB_SILENT', 'true')
         # its service starts slowly on a busy machine, and W&B would give up after 30 s, for the whole run
         os.environ.setdefault('WANDB_X_SERVICE_WAIT', '300')
+        reduced = {f'all_reduces_{way}': count for way, count in info['all_reduces'].items()}
+        tracked = {key: value for key, value in info.items() if key in TRACKED} | info['config'] | reduced
+        settings = dict(
+            project=config.wandb_project, name=config.wandb_run_name, config=tracked, dir=config.out_dir,
+            id=wandb_id, resume='allow', group=info['corpus']['name'], job_type='train')
         try:
             import wandb
-            mode = None  # W&B's own choice
-            if 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False):
-                mode = 'offline'
-                self.say('warning: W&B has no key here and runs offline; after `wandb login`, '
-                         f'`wandb sync {config.out_dir}/wandb/offline-run-*` uploads what it kept')
-            reduced = {f'all_reduces_{way}': count for way, count in info['all_reduces'].items()}
-            tracked = {key: value for key, value in info.items() if key in TRACKED} | info['config'] | reduced
-            self.wandb = wandb.init(
-                project=config.wandb_project, name=config.wandb_run_name, config=tracked, dir=config.out_dir,
-                mode=mode, id=wandb_id, resume='allow', group=info['corpus']['name'], job_type='train')
+            try:
+                trouble = '' if 'WANDB_MODE' in os.environ or wandb.login(prompt=False) else 'has no key here'
+                self.wandb = wandb.init(**settings, mode='offline' if trouble else None)
+            except (wandb.Error, OSError) as error:
+                trouble = f'cannot be reached ({type(error).__name__})'
+                self.wandb = wandb.init(**settings, mode='offline')
+            if trouble:
+                self.say(f'warning: W&B {trouble}, the run is logged offline; after `wandb login`, '
+                         f'`wandb sync {config.out_dir}/wandb/offline-run-*` uploads it')
             self.wandb.define_metric('iter')
             # W&B drops what comes at a lower step of its own than it has seen; against iter nothing is lost
             self.wandb.define_metric('*', step_metric='iter')

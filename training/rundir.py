@@ -8,12 +8,15 @@ A run's folder: who may write it, what stands in it, and how it is read. Without
     ckpt*.pt            checkpoints, see checkpoint.py
 """
 
+import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +29,7 @@ LATEST = ('ckpt-new.pt', 'ckpt.pt', 'ckpt-previous.pt')
 NEEDED = dict(name=str, state=str, config=dict, corpus=dict, all_reduces=dict, parameters=int,
               communications=int, iter=int, val_loss=float | int | None)  # of a run.json
 
+NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP  # what flock() says on a file system without locks
 locks = []  # open files, whose locks last as long as this process
 
 
@@ -60,13 +64,22 @@ def write_json(path, value):
 
 
 def lock(out_dir):
-    """Lock the folder until this process ends or dies. Raises ValueError if another process holds it."""
+    """
+    Lock the folder until this process ends or dies. Raises ValueError if another process holds it.
+
+    Prints a warning if the file system has no locks: then nothing keeps two runs apart but the user.
+    """
     locks.append(open(Path(out_dir) / 'lock', 'w'))
     for _ in range(20):  # is_locked() holds it for an instant
         try:
             return fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return print(f'warning: {out_dir} is on a file system without locks ({error.strerror}); take '
+                         'care that no other process trains there', file=sys.stderr)
     raise ValueError(f'out_dir is {out_dir}, which another run is using now')
 
 
@@ -79,6 +92,9 @@ def is_locked(out_dir):
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
     return False
 
 
@@ -186,7 +202,10 @@ def claim(config):
         os.makedirs(out_dir, exist_ok=True)
         lock(out_dir)
     except OSError as error:
-        raise ValueError(f'out_dir is {out_dir}, which cannot be written: {error.strerror}') from None
+        why = error.strerror
+        if os.path.islink(out_dir) and not os.path.exists(out_dir):
+            why = f'it is a link to {os.readlink(out_dir)}, which does not exist'
+        raise ValueError(f'out_dir is {out_dir}, which cannot be written: {why}') from None
     info, saved = read_info(out_dir), has_checkpoint(out_dir)
     changed = differences(info['config'], vars(config)) if info else {}
     finished = info is not None and info['state'] == 'finished'
@@ -201,6 +220,12 @@ def claim(config):
                          'choose another --out_dir')
     if saved and not resume:
         raise ValueError(f'out_dir is {out_dir}, which holds this run unfinished; --init_from=resume goes on')
+
+
+def read_plan(path):
+    """An experiment's plan, for run.json: its file, the file's hash and its text."""
+    text = Path(path).read_bytes()
+    return dict(file=str(path), sha256=hashlib.sha256(text).hexdigest(), text=text.decode())
 
 
 def git_commit():
