@@ -1,26 +1,31 @@
-"""Which tokens a step trains on and a validation reads: functions of (seed, step) and of nothing else.
+"""
+The windows that a step trains on and a validation reads: functions of (seed, step) and of nothing else.
 
-Neither the model nor the number of processes nor an evaluation in between changes a window, so runs that
-differ in block_types alone see the same batches, and a resumed run needs no saved position to go on.
+Neither the model nor the number of processes nor an evaluation in between changes a window. So runs that
+differ in block_types alone see the same batches, and a resumed run needs no saved position.
 
     loader = TrainLoader(corpus.train, block_size, windows_per_step, seed, 0, 1, batch_size, device)
     for x, y in loader.batches(step): ...   # the micro-batches of that step, for this process
     for x, y, n in val_batches(corpus.val, block_size, batch_size, eval_tokens, 0, 1, device): ...
 """
+
 from concurrent.futures import Future
 from threading import Thread
 
 import numpy as np
 import torch
 
-# B = micro-batch or batch_size, T = block_size
+# B = micro-batch or batch_size, T = block_size, S = windows of a step for this process
 
 
 class TrainLoader:
-    """The training windows of every step, dealt to the data-parallel processes in contiguous shares.
+    """
+    The training windows of every step, divided among the data-parallel processes in contiguous shares.
 
-    A process takes its share in micro_steps micro-batches of micro_batch windows, the largest equal ones of
-    at most batch_size. ValueError if the windows do not divide by the processes, or the tokens fill none."""
+    A process takes its share in micro_steps micro-batches of micro_batch windows: the largest equal ones of
+    at most batch_size. Raises ValueError if the processes do not divide the windows, or if the split is
+    shorter than one.
+    """
 
     def __init__(self, tokens, block_size, windows_per_step, seed, ddp_rank, ddp_size, batch_size, device):
         if windows_per_step % ddp_size:
@@ -44,40 +49,45 @@ class TrainLoader:
         return rng.integers(0, len(self.tokens) - self.block_size, self.windows_per_step)
 
     def batches(self, step):
-        """Yields micro_steps times (x, y), int64 (B, T) on the device; y is the token after each of x's.
+        """
+        Yield micro_steps times (x, y), int64 (B, T) on the device; y is the token after each of x's.
 
-        ValueError if a token is outside the vocabulary."""
+        Raises ValueError if a token is outside the vocabulary.
+        """
         if self.prefetched[0] != step:
-            self._prefetch(step)
-        share = self.prefetched[1].result()  # raises here what the thread met
-        self._prefetch(step + 1)
+            self.prefetch(step)
+        share = self.prefetched[1].result()  # (x, y), (S, T) each; raises here what the thread met
+        self.prefetch(step + 1)
         for i in range(0, self.share, self.micro_batch):
             yield tuple(part[i:i + self.micro_batch].to(self.device, non_blocking=self.device.type == 'cuda')
                         for part in share)
 
-    def _prefetch(self, step):
-        # a thread a step: nothing to shut down. no daemon either: a program that ends waits the milliseconds
-        # of one read, where it would tear a daemon down in the midst of torch
+    def prefetch(self, step):
+        # a new thread for each step: nothing to shut down. not a daemon either: a program that ends waits for
+        # one read, some milliseconds, while a daemon thread would be killed inside torch
         self.prefetched = step, Future()
-        Thread(target=self._read, args=self.prefetched).start()
+        Thread(target=self.read_share, args=self.prefetched).start()
 
-    def _read(self, step, future):
+    def read_share(self, step, future):
+        """Set the future to this process's windows of a step."""
         try:
             starts = self.window_starts(step)[self.first:self.first + self.share]
-            windows = self.tokens.read_windows(starts, self.block_size + 1)  # (share, T + 1)
+            windows = self.tokens.read_windows(starts, self.block_size + 1)  # (S, T + 1)
             x, y = (torch.from_numpy(part.astype(np.int64, order='C'))
-                    for part in (windows[:, :-1], windows[:, 1:]))  # (share, T)
+                    for part in (windows[:, :-1], windows[:, 1:]))  # (S, T)
             future.set_result((x.pin_memory(), y.pin_memory()) if self.device.type == 'cuda' else (x, y))
         except BaseException as error:
             future.set_exception(error)
 
 
 def val_batches(tokens, block_size, batch_size, eval_tokens, ddp_rank, ddp_size, device):
-    """Yields (x, y, n), int64 (B, T) on the device, and the number n of real targets in y.
+    """
+    Yield (x, y, n), int64 (B, T) on the device, and the number n of real targets in y.
 
-    The targets are the first eval_tokens that the split has (its tokens 1, 2, ...), in consecutive windows,
-    each in one window of one process. A batch without enough of them is padded, with -1 in y. Batch i is for
-    process i % ddp_size, and the same for any ddp_size. ValueError if a token is outside the vocabulary."""
+    The targets are the first eval_tokens of the split (its tokens 1, 2, ...) in consecutive windows, each in
+    one window of one process. A batch that they do not fill is padded, with -1 in y. Batch i goes to process
+    i % ddp_size, and is the same for any ddp_size. Raises ValueError if a token is outside the vocabulary.
+    """
     targets = min(eval_tokens, len(tokens) - 1)
     size = batch_size * block_size
     for begin in range(ddp_rank * size, targets, ddp_size * size):

@@ -1,11 +1,13 @@
-"""FineWeb-10B as GPT-2 tokens, in the ready shards of 100 million tokens that modded-nanogpt trains on.
-
-    python data/fineweb/prepare.py                 all 103 shards and the validation shard, 20.8 GB
-    python data/fineweb/prepare.py --shards 99     20,000 steps of 491,520 tokens read at most 98.3 of them
-    python data/fineweb/prepare.py --input DIR     links the shards in DIR here, after the same checks
-
-Stop it whenever you like: the same command goes on where it stopped.
 """
+FineWeb-10B as GPT-2 tokens, in the ready shards of 100 million tokens that modded-nanogpt trains on.
+
+    python data/fineweb/prepare.py                    all 103 shards and the validation shard, 20.8 GB
+    python data/fineweb/prepare.py --shards=99        20,000 steps of 491,520 tokens read at most 98.3 of them
+    python data/fineweb/prepare.py --input=FOLDER     links the shards in FOLDER here, after the same checks
+
+Stop it at any time: the same command goes on from there.
+"""
+
 import os
 import sys
 from pathlib import Path
@@ -14,14 +16,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import HEADER_BYTES, MAGIC, VOCAB_SIZES, find_tokens
-from data.preparing import Parser, hub_revision, is_prepared, parts_folder, plainly, write_meta
+from data.preparing import Parser, hub_revision, is_prepared, parts_folder, run_script, write_meta
 
 REPO = 'kjj0/fineweb10B-gpt2'
 SHARDS = 103
 
 
 def check_shard(path):
-    """ValueError if this is not a whole shard: magic, version, count and size."""
+    """Raises ValueError if this is not a whole shard: magic, version, count and size."""
     if find_tokens(path)[0] != HEADER_BYTES:
         raise ValueError(f'{path} is no FineWeb shard: it does not begin with the magic number {MAGIC}')
 
@@ -35,7 +37,7 @@ def is_shard(path):
 
 
 def download(names, revision, out, parts):
-    """Brings the shards to `out` that are not whole there. ValueError if the hub fails or sends no shard."""
+    """Fetch the shards that `out` lacks. Raises ValueError if the hub fails or sends what is no shard."""
     from huggingface_hub import hf_hub_download
     for name in tqdm([name for name in names if not is_shard(out / name)], 'shards'):
         try:
@@ -49,7 +51,7 @@ def download(names, revision, out, parts):
 
 
 def link(names, folder, out):
-    """Makes symbolic links in `out` to the shards in another folder. ValueError if one is not whole there."""
+    """Make symbolic links in `out` to the shards in another folder. Raises ValueError if one is not whole."""
     for name in names:
         check_shard(folder / name)
         if (out / name).resolve() != (folder / name).resolve():
@@ -57,24 +59,35 @@ def link(names, folder, out):
             (out / name).symlink_to((folder / name).resolve())
 
 
-def main():
-    parser = Parser(__file__, __doc__)
+def parse_args():
+    """The flags, with args.shards filled in. Raises ValueError if there are not as many shards."""
+    parser = Parser(__doc__, Path(__file__).resolve().parent)
     parser.add_argument('--shards', type=int, metavar='N',
                         help=f'training shards to take (default: all, {SHARDS} on the hub; 20k steps: 99)')
-    parser.add_argument('--input', type=Path, metavar='DIR', help='a folder of shards in place of the hub')
+    parser.add_argument('--input', type=Path, metavar='FOLDER', help='a folder of shards in place of the hub')
     args = parser.parse_args()
     there = len(list(args.input.glob('fineweb_train_*.bin'))) if args.input else SHARDS
     if there == 0:
         raise ValueError(f'there are no shards fineweb_train_*.bin in {args.input}')
-    shards = there if args.shards is None else args.shards
-    if not 1 <= shards <= there:
-        raise ValueError(f'--shards={shards} must be from 1 to the {there} there are in {args.input or REPO}')
-    train, val = [f'fineweb_train_{i:06}.bin' for i in range(1, shards + 1)], ['fineweb_val_000000.bin']
-    source = {'input': str(args.input.resolve())} if args.input else {
-        'dataset': REPO, 'revision': hub_revision(REPO, args.out)}
-    meta = {'dataset': 'fineweb', 'corpus': 'FineWeb-10B', 'source': source,
-            'tokenizer': 'gpt2', 'vocab_size': VOCAB_SIZES['gpt2']}
-    if is_prepared(args.out, {**meta, 'shards': shards}):
+    if args.shards is None:
+        args.shards = there
+    if not 1 <= args.shards <= there:
+        raise ValueError(f'--shards is {args.shards}, it must be from 1 to {there}: there are no more in '
+                         f'{args.input or REPO}')
+    return args
+
+
+def main():
+    args = parse_args()
+    train = [f'fineweb_train_{i:06}.bin' for i in range(1, args.shards + 1)]
+    val = ['fineweb_val_000000.bin']
+    if args.input:
+        source = dict(input=str(args.input.resolve()))
+    else:
+        source = dict(dataset=REPO, revision=hub_revision(REPO, args.out))
+    meta = dict(dataset='fineweb', corpus='FineWeb-10B', source=source,
+                tokenizer='gpt2', vocab_size=VOCAB_SIZES['gpt2'])
+    if is_prepared(args.out, meta | dict(shards=args.shards)):
         print(f'{args.out} is already prepared')
         return
     with parts_folder(args.out, meta) as parts:
@@ -83,9 +96,9 @@ def main():
             link(val + train, args.input, args.out)
         else:
             download(val + train, source['revision'], args.out, parts)
-        write_meta(args.out, {**meta, 'shards': shards}, {'train': train, 'val': val})
-    print(f'{args.out}: {shards} shards to train on, 1 to validate')
+        write_meta(args.out, meta | dict(shards=args.shards), dict(train=train, val=val))
+    print(f'{args.out}: {args.shards} shards to train on, 1 to validate')
 
 
 if __name__ == '__main__':
-    plainly(main)
+    run_script(main)

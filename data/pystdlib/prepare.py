@@ -1,10 +1,12 @@
-"""The embedded corpus: the Python standard library's own sources, one token a byte. It needs no download.
+"""
+The embedded corpus: the Python standard library's own sources, one token per byte. It needs no download.
 
     python data/pystdlib/prepare.py            writes train.bin, val.bin and meta.json beside this file
 
-The same Python version gives the same files wherever its sources are unaltered. So only modules that every
-installation has are taken, and of those no test folders, no tables and no generated text.
+The same Python version gives the same files wherever its sources are unaltered. So it takes only modules that
+every installation has, and of those no test folders, no tables and no generated text.
 """
+
 import hashlib
 import platform
 import sys
@@ -14,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import byte_encoding
-from data.preparing import Parser, encode_documents, is_prepared, plainly, write_corpus
+from data.preparing import Parser, encode_documents, fraction, is_prepared, run_script, write_corpus
 
-# Linux distributions and container images ship these apart or not at all
+# Linux distributions and container images package these separately or leave them out
 OFTEN_MISSING = {'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'tkinter', 'turtle', 'turtledemo', 'venv'}
-# character tables and the help texts of `help()`: long, alike, and no program text
+# character tables and the help texts of `help()`: long, repetitive, and no program text
 TABLES = {'encodings', 'pydoc_data'}
 VAL_SHARE = 0.1
 
@@ -32,9 +34,9 @@ def find_modules(folder):
     return {name: path for name, path in files.items() if not {'test', 'tests'} & set(name.split('/'))}
 
 
-def place_of(name):
+def position(name):
     """A number in [0, 1) that a file's path alone decides."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big') / 2**64
+    return fraction(hashlib.sha256(name.encode()).digest())
 
 
 def read_source(path):
@@ -43,28 +45,28 @@ def read_source(path):
 
 
 def main():
-    out = Parser(__file__, __doc__).parse_args().out
+    out = Parser(__doc__, Path(__file__).resolve().parent).parse_args().out
     folder = Path(sysconfig.get_paths()['stdlib'])
     modules = find_modules(folder)
     # in the order of their hashes, so that the first tokens of val are as mixed as all of it
-    names = sorted(modules, key=place_of)
-    val = [name for name in names if place_of(name) < VAL_SHARE]
+    names = sorted(modules, key=position)
+    val = [name for name in names if position(name) < VAL_SHARE]
     train = names[len(val):]
     if not val or not train:
         raise ValueError(f'this Python has no sources of its standard library in {folder}')
     texts = {name: read_source(modules[name]) for name in names}
     digest = hashlib.sha256(''.join(f'{name}\n{texts[name]}' for name in names).encode()).hexdigest()
-    source = {'python': platform.python_version(), 'files': len(names), 'sha256': digest}
+    source = dict(python=platform.python_version(), files=len(names), sha256=digest)
     encoding = byte_encoding()
-    meta = {'dataset': 'pystdlib', 'corpus': f'Python {platform.python_version()} standard library sources',
-            'source': source, 'tokenizer': 'byte', 'vocab_size': encoding.n_vocab}
+    meta = dict(dataset='pystdlib', corpus=f'Python {platform.python_version()} standard library sources',
+                source=source, tokenizer='byte', vocab_size=encoding.n_vocab)
     if is_prepared(out, meta):
         print(f'{out} is already prepared')
         return
-    write_corpus(out, meta, {'train': [encode_documents(encoding, [texts[name]]) for name in train],
-                             'val': [encode_documents(encoding, [texts[name]]) for name in val]})
+    write_corpus(out, meta, dict(train=[encode_documents(encoding, [texts[name]]) for name in train],
+                                 val=[encode_documents(encoding, [texts[name]]) for name in val]))
     print(f'{out}: {len(train)} files in train.bin, {len(val)} in val.bin')
 
 
 if __name__ == '__main__':
-    plainly(main)
+    run_script(main)
