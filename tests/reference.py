@@ -1,17 +1,26 @@
 """
-GPT-2 over R tp ranks as the equations say it, one after the other. model.py is held to it.
+GPT-2 over R tp ranks, written as the equations are, one rank after the other. model.py is tested against it.
 
-c     (B, T, C)  common stream, the same on every tp rank
+c     (B, T, C)  residual stream, replicated
 d[r]  (B, T, C)  what tp rank r has added since the last sync; it reads u_r = c + d[r]
 
-Slow on purpose and without dropout: plain slices, Python lists, Python sums. It shares no line with model.py.
+Slow on purpose, and without dropout: plain slices, lists and sums. It shares no line with model.py.
 """
+
 import math
 
 import torch
 import torch.nn.functional as F
 
-SYNC_AFTER = {'tp': ('attn', 'mlp'), 'spd': ('mlp',), 'parallel': ()}
+# of each block type: the sublayers that read the stream, together or one after the other, and the syncs
+STEPS = {
+    'tp': ['attn', 'sync', 'mlp', 'sync'],
+    'spd': ['attn', 'mlp', 'sync'],
+    'parallel': ['attn', 'mlp'],
+    'attn_spd': ['attn', 'sync', 'mlp'],
+    'palm': ['attn + mlp', 'sync'],
+    'palm_parallel': ['attn + mlp'],
+}
 
 
 def layer_norm(x, weight, bias):
@@ -20,11 +29,11 @@ def layer_norm(x, weight, bias):
 
 
 def attention(w, name, x, r, config):
-    """Partial output of tp rank r's heads, (B, T, C) to (B, T, C); the bias of c_proj is not in it."""
+    """x (B, T, C) -> partial output of tp rank r's heads (B, T, C), without the bias of c_proj"""
     T, C = x.shape[1:]
     hd, n = C // config.n_head, C // config.tp_size
     mine = slice(r * n, (r + 1) * n)
-    # q, k and v are a third of c_attn's rows each, and this tp rank has its heads' rows of each third
+    # q, k and v are a third of c_attn's rows each; a tp rank has its heads' rows of each third
     thirds = zip(w[name + '.c_attn.weight'].split(C), w[name + '.c_attn.bias'].split(C))
     q, k, v = (x @ weight[mine].T + bias[mine] for weight, bias in thirds)  # (B, T, n) each
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -36,7 +45,7 @@ def attention(w, name, x, r, config):
 
 
 def mlp(w, name, x, r, config):
-    """Partial output of tp rank r's hidden units, (B, T, C) to (B, T, C); the bias of c_proj is not in it."""
+    """x (B, T, C) -> partial output of tp rank r's hidden units (B, T, C), without the bias of c_proj"""
     n = 4 * config.n_embd // config.tp_size
     mine = slice(r * n, (r + 1) * n)
     h = x @ w[name + '.c_fc.weight'][mine].T + w[name + '.c_fc.bias'][mine]
@@ -44,26 +53,42 @@ def mlp(w, name, x, r, config):
     return h @ w[name + '.c_proj.weight'][:, mine].T
 
 
-def reference_gpt(weights, config, idx):
-    """Logits (B, T, V) of idx (B, T), and the number of forward all-reduces that it took."""
+SUBLAYERS = {'attn': (attention, 'ln_1'), 'mlp': (mlp, 'ln_2')}
+
+
+def reference_gpt(weights, config, idx, see=lambda c, d: None):
+    """
+    idx (B, T) -> (logits (B, T, V), the number of forward all-reduces)
+
+    see(c, d) is called with what each sublayer reads, and at the end of the model before its sync.
+    """
     R = config.tp_size
     # a model without biases is one whose biases are 0
     w = {name.replace('.weight', '.bias'): p.new_zeros(p.shape[0]) for name, p in weights.items()} | weights
-    c = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][: idx.shape[1]]
-    zero = torch.zeros_like(c)
-    d, apart, syncs = [zero] * R, False, 0
-    for i, block_type in enumerate(config.block_types or ['tp'] * config.n_layer):
-        for sublayer, kind, norm in ((attention, 'attn', 'ln_1'), (mlp, 'mlp', 'ln_2')):
-            block = f'transformer.h.{i}.'
-            ln = w[block + norm + '.weight'], w[block + norm + '.bias']
-            P = [sublayer(w, block + kind, layer_norm(c + d[r], *ln), r, config) for r in range(R)]
-            d = [d[r] + P[r] for r in range(R)]
-            c = c + w[f'{block}{kind}.c_proj.bias']
+    c = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][:idx.shape[1]]
+    d, apart, syncs = [torch.zeros_like(c)] * R, False, 0
+
+    def sync():
+        merged = sum(d) / R if config.merge == 'mean' else sum(d)
+        return c + merged, [torch.zeros_like(c)] * R, False, syncs + 1
+
+    for i, block_type in enumerate(config.block_types):
+        for step in STEPS[block_type]:
+            if step == 'sync':
+                c, d, apart, syncs = sync()
+                continue
+            read = [c + d[r] for r in range(R)]
+            see(c, d)
+            for kind in step.split(' + '):
+                sublayer, norm = SUBLAYERS[kind]
+                block = f'transformer.h.{i}.'
+                ln = w[f'{block}{norm}.weight'], w[f'{block}{norm}.bias']
+                d = [d[r] + sublayer(w, block + kind, layer_norm(read[r], *ln), r, config) for r in range(R)]
+                c = c + w[f'{block}{kind}.c_proj.bias']
             apart = True
-            if kind in SYNC_AFTER[block_type]:
-                c, d, apart, syncs = c + sum(d), [zero] * R, False, syncs + 1
+    see(c, d)
     if apart:
-        c, syncs = c + sum(d), syncs + 1
+        c, d, apart, syncs = sync()
     c = layer_norm(c, w['transformer.ln_f.weight'], w['transformer.ln_f.bias'])
     # one rank alone has nobody to all-reduce with
     return c @ w['transformer.wte.weight'].T, syncs if R > 1 else 0

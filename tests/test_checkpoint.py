@@ -1,5 +1,5 @@
 """
-What a run keeps: whole at every moment, refused in one line when it is not, and never executed.
+Checkpoints are whole at every moment, are refused in one line if they are damaged, and are never executed.
 
     python -m pytest tests/test_checkpoint.py
 """
@@ -8,8 +8,7 @@ import copy
 import math
 import os
 import shutil
-import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +17,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training import checkpoint
 import train
 from configurator import ROOT, load
 from data.corpus import open_corpus
+from model import GPT
+from toy_runs import ALONE, DROPOUT, run
+from training import checkpoint
 from training.logger import Log
-from analysis.runs import read_metrics
-from test_train import DROPOUT, run
+from training.rundir import has_checkpoint, read_info, read_metrics, write_json
+from variants import gpt_config
 
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60,
                   suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -41,7 +42,7 @@ def steps(folder, pattern='ckpt*.pt'):
 
 
 def damage(path):
-    """In place of the file, whose other names stay whole."""
+    """Replace the file; its other hard links stay whole."""
     path.unlink()
     path.write_bytes(b'damaged')
 
@@ -51,15 +52,19 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch, moment):
-    """Lets so many of the calls happen that change a folder, and none after them."""
+    """Let the first `moment` of the calls that change a folder happen, and none after them."""
     calls = []
-    for name in ('replace', 'link', 'fsync', 'unlink'):
-        def call(*args, real=getattr(os, name)):
+
+    def counted(real):
+        def call(*args):
             calls.append(args)
             if len(calls) > moment:
                 raise Killed
             return real(*args)
-        monkeypatch.setattr(os, name, call)
+        return call
+
+    for name in 'replace', 'link', 'fsync', 'unlink':
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
 
 
 @pytest.mark.parametrize('best', [False, True])
@@ -71,7 +76,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new(tmp_path, monk
         folder.mkdir()
         for step in 10, 20:
             checkpoint.save(folder, state(step), True, 1)
-        if damaged:                     # the run went on from step 10
+        if damaged:  # the run went on from step 10
             damage(folder / 'ckpt.pt')
         with monkeypatch.context() as patch:
             killed_at(patch, moment)
@@ -82,7 +87,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new(tmp_path, monk
                 pass
         said = []
         path, saved = checkpoint.load_latest(folder, said.append)
-        assert saved['iter'] in ((10, 30) if damaged else (20, 30)) and checkpoint.exists(folder)
+        assert saved['iter'] in ((10, 30) if damaged else (20, 30)) and has_checkpoint(folder)
         assert len(said) <= damaged and steps(folder, 'ckpt-best.pt')['ckpt-best.pt'] in (20, 30)
         # who goes on from step 30 will not evaluate it again
         assert saved['iter'] < 30 or not best or steps(folder, 'ckpt-best.pt') == {'ckpt-best.pt': 30}
@@ -94,12 +99,12 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new(tmp_path, monk
 
 def test_the_first_checkpoint_counts_once_it_has_its_name(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(patch, 2)             # after the flush and the naming of ckpt-new.pt
+        killed_at(patch, 2)  # after the flush and the naming of ckpt-new.pt
         checkpoint.save(tmp_path, state(0), False, 0)
-    assert steps(tmp_path) == {'ckpt-new.pt': 0} and not checkpoint.exists(tmp_path)
+    assert steps(tmp_path) == {'ckpt-new.pt': 0} and not has_checkpoint(tmp_path)
 
 
-def test_so_many_before_the_latest_stay(tmp_path):
+def test_keep_is_how_many_stay_besides_the_latest(tmp_path):
     for step in range(0, 60, 10):
         checkpoint.save(tmp_path, state(step), step == 20, 2)
     assert steps(tmp_path) == {
@@ -116,43 +121,36 @@ def test_so_many_before_the_latest_stay(tmp_path):
 # damage
 
 
-@pytest.fixture(scope='module', autouse=True)
-def corpus():
-    subprocess.run([sys.executable, ROOT / 'data/pystdlib/prepare.py'], check=True, stdout=subprocess.DEVNULL)
-
-
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
+def finished(corpus, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp('finished') / 'run'
     assert run(out_dir, *DROPOUT, '--max_iters=3') == 0
     return out_dir
 
 
 @pytest.fixture(scope='module')
-def resume(finished):
+def resume(corpus):
     """
-    A call that goes on from a folder's checkpoint: (the Run before its first step, the lines it says). Raises
-    ValueError where it is refused.
-    """
-    corpus = open_corpus('pystdlib')
+    resume(out_dir, *flags) -> (net, its Progress, the messages), as train.py resumes the folder's run.
 
+    Raises ValueError if it is refused.
+    """
     def make(*flags):
         config = load([*DROPOUT, '--max_iters=3', *flags])
-        model_config = train.model_config_of(config, 320)
-        return train.Run(config, train.find_place(config), corpus, None, model_config, None)
+        return train.Network(GPT(gpt_config(vars(config), 320)), config), config
 
-    plain = make()                      # restoring replaces all that a Run knows
+    plain = make()  # resuming replaces all of its state
 
     def call(out_dir, *flags):
-        its_run = make(*flags) if flags else plain
-        its_run.config.out_dir = out_dir
-        return its_run, its_run.restore()
+        net, config = make(*flags) if flags else plain
+        config.out_dir = out_dir
+        state, _, messages = checkpoint.resume(net, config, corpus)
+        return net, state, messages
     return call
 
 
-def state_of(its_run):
-    parts = its_run.net.raw.state_dict(), its_run.net.optimizer.state_dict()
-    return copy.deepcopy((*parts, vars(its_run.now)))
+def state_of(net, state, _):
+    return copy.deepcopy((net.raw_model.state_dict(), net.optimizer.state_dict(), asdict(state)))
 
 
 @st.composite
@@ -170,10 +168,10 @@ def damages(draw):
 @steady
 @given(damage=damages())
 def test_a_fuzzed_checkpoint_is_refused_or_is_what_it_was(finished, resume, tmp_path, damage):
-    whole = state_of(resume(finished)[0])
+    whole = state_of(*resume(finished))
     (tmp_path / 'ckpt.pt').write_bytes(damage((finished / 'ckpt.pt').read_bytes()))
     try:
-        torch.testing.assert_close(state_of(resume(tmp_path)[0]), whole, rtol=0, atol=0)
+        torch.testing.assert_close(state_of(*resume(tmp_path)), whole, rtol=0, atol=0)
     except ValueError as refusal:
         assert str(tmp_path) in str(refusal)
 
@@ -197,19 +195,18 @@ def test_a_checkpoint_with_anything_anywhere_is_refused_or_resumed(finished, res
     place[key] = data.draw(THINGS)
     torch.save(saved, tmp_path / 'ckpt.pt')
     try:
-        its_run, _ = resume(tmp_path)
+        net, *_ = resume(tmp_path)
     except ValueError:
         return
-    x = torch.zeros(2, 8, dtype=torch.long)
-    its_run.net.wrap(2, None, its_run.config, its_run.place, print)
-    assert isinstance(train.train_step(its_run.net, [(x, x)], 1e-3, its_run.config, its_run.place)[0], float)
+    x, config = torch.zeros(2, 8, dtype=torch.long), load(DROPOUT)
+    assert isinstance(train.train_step(net, [(x, x)], 1e-3, config, ALONE)[0], float)
 
 
 def test_a_resumed_run_has_its_own_weight_decay_and_says_so(finished, resume):
-    its_run, lines = resume(finished, '--weight_decay=0.5', '--beta1=0.8')
-    assert [group['weight_decay'] for group in its_run.net.optimizer.param_groups] == [0.5, 0.0]
-    assert {group['betas'] for group in its_run.net.optimizer.param_groups} == {(0.8, 0.95)}
-    assert [line for line in lines if 'was' in line] == [
+    net, _, messages = resume(finished, '--weight_decay=0.5', '--beta1=0.8')
+    assert [group['weight_decay'] for group in net.optimizer.param_groups] == [0.5, 0.0]
+    assert {group['betas'] for group in net.optimizer.param_groups} == {(0.8, 0.95)}
+    assert [line for line in messages if 'was' in line] == [
         'warning: beta1 was 0.9 up to step 3, it is 0.8 from here on',
         'warning: weight_decay was 0.1 up to step 3, it is 0.5 from here on']
 
@@ -218,7 +215,7 @@ def test_a_run_that_goes_on_on_other_data_says_so(finished, resume, tmp_path):
     saved = checkpoint.load(finished / 'ckpt.pt')
     saved['corpus']['splits']['val']['sha256'] = 'abc'
     torch.save(saved, tmp_path / 'ckpt.pt')
-    assert any(line.startswith('warning: val_sha256 was abc up to step 3') for line in resume(tmp_path)[1])
+    assert any(line.startswith('warning: val_sha256 was abc up to step 3') for line in resume(tmp_path)[2])
 
 
 @steady
@@ -228,7 +225,7 @@ def test_fuzzed_metrics_are_read_or_refused_in_one_line(finished, tmp_path, dama
     data = damage((finished / 'metrics.jsonl').read_bytes())
     path.write_bytes(data + b'{"iter": 9, "val_lo' * torn)
     try:
-        evals, logs = read_metrics(path)
+        evals, logs = read_metrics(tmp_path)
     except SystemExit as stopped:
         assert stopped.code.startswith('error: ') and len(stopped.code.splitlines()) == 1
     else:
@@ -241,7 +238,7 @@ def test_metrics_that_somebody_changed_go_on_after_a_whole_line(finished, tmp_pa
     path, config = tmp_path / 'metrics.jsonl', SimpleNamespace(out_dir=tmp_path, max_iters=3, wandb_log=False)
     was = (finished / 'metrics.jsonl').read_bytes()
     path.write_bytes(damage(was))
-    log = Log(config, True, {}, 3, len(was), None)
+    log = Log(config, ALONE, {}, checkpoint.Progress(iter=3, metrics_bytes=len(was)))
     log.write(iter=4, drift=[0.5, math.nan], val_loss=math.inf)
     log.close(0)
     before, _, last = path.read_bytes().rpartition(b'{"iter": 4,')
@@ -284,14 +281,14 @@ def test_code_in_a_json_file_is_text(finished, tmp_path):
         return [everywhere(item) for item in value] if isinstance(value, list) else code
 
     folder = Path(shutil.copytree(finished, tmp_path / 'copy'))
-    info = checkpoint.read_info(folder / 'run.json')
-    checkpoint.write_json(folder / 'run.json', info | dict(config=everywhere(info['config']), name=code))
+    info = read_info(folder)
+    write_json(folder / 'run.json', info | dict(config=everywhere(info['config']), name=code))
     assert 'holds another run' in run(folder, *DROPOUT, '--max_iters=3')
     data = tmp_path / 'data/pystdlib'
     shutil.copytree(ROOT / 'data/pystdlib', data)
     meta = open_corpus('pystdlib').meta
     for key in meta:
-        checkpoint.write_json(data / 'meta.json', meta | {key: everywhere(meta[key])})
+        write_json(data / 'meta.json', meta | {key: everywhere(meta[key])})
         try:
             open_corpus('pystdlib', tmp_path / 'data')
         except ValueError:

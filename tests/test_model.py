@@ -1,11 +1,12 @@
 """
-What model.py promises: one network under any block types, at any tp_size, for the price of dense GPT-2.
+What model.py promises: one network under any block types, at any tp_size, at the cost of dense GPT-2.
 
     python -m pytest tests/test_model.py
 
-Numbers are held to tests/reference.py (a plain loop over tp ranks) and to Hugging Face's GPT-2. All is small;
-B, T, tp_size and the widths differ from one another, so that no wrong axis goes unseen.
+Numbers are compared with tests/reference.py (a plain loop over tp ranks) and with Hugging Face's GPT-2. Sizes
+are small, and B, T, tp_size and the widths differ from one another, so that no wrong axis goes unseen.
 """
+
 import math
 import random
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as gpt
-from model import GPT, GPTConfig, ParallelBlock, SPDBlock, TPBlock, count_all_reduces
+from model import GPT, Block, GPTConfig, ParallelBlock, SPDBlock, TPBlock, count_all_reduces
 from reference import reference_gpt, reference_loss
 
 B, T, V = 5, 7, 29
@@ -61,7 +62,7 @@ def batch():
 
 
 def results(logits, loss, parameters):
-    """What training can see: logits, loss and, after a backward of it, every parameter's gradient by name."""
+    """What training sees: logits, loss and, after its backward pass, every parameter's gradient by name."""
     loss.backward()
     grads = {name: p.grad.clone() for name, p in parameters}
     return {'logits': logits.detach(), 'loss': loss.detach()} | grads
@@ -79,7 +80,7 @@ def reference_results(model, idx, targets):
 
 
 def assert_same(got, want, tolerance):
-    """Each tensor within tolerance of its largest entry, for rounding is relative to what was summed."""
+    """Each tensor within tolerance of its largest entry: rounding is relative to what was summed."""
     assert got.keys() == want.keys()
     for name in want:
         scale = max(want[name].abs().max().item(), 1e-3)
@@ -97,8 +98,15 @@ def test_any_order_of_blocks_equals_the_loop_over_ranks(block_types, tp_size, bi
     assert_same(model_results(model, *batch()), reference_results(model, *batch()), 1e-9)
 
 
+@pytest.mark.parametrize('tp_size', [1, 2, 3])
+@pytest.mark.parametrize('block_types', ORDERS, ids='-'.join)
+def test_a_merge_by_the_mean_equals_the_loop_over_ranks(block_types, tp_size):
+    model = build(block_types, tp_size, bias=True, merge='mean')
+    assert_same(model_results(model, *batch()), reference_results(model, *batch()), 1e-9)
+
+
 def hugging_face_results(model, idx, targets):
-    """Those of transformers' own GPT-2 with the model's weights, under the model's names and shapes."""
+    """Results of transformers' own GPT-2 with the model's weights, under the model's names and shapes."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {key: getattr(model.config, key) for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
@@ -107,7 +115,8 @@ def hugging_face_results(model, idx, targets):
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, activation_function='gelu'))
     theirs.to(next(model.parameters()).dtype)
 
-    def transposed(name, p):  # their Conv1D keeps (in, out)
+    def transposed(name, p):
+        # their Conv1D keeps (in, out)
         return p.T if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else p
 
     theirs.load_state_dict({name: transposed(name, p) for name, p in model.state_dict().items()})
@@ -168,7 +177,7 @@ def test_no_sample_touches_another(block_types):
         after = model(changed)[0]
         others = torch.arange(B) != b
         torch.testing.assert_close(after[others], before[others], rtol=0, atol=1e-12)
-        torch.testing.assert_close(after[b], model(changed[b : b + 1])[0][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(after[b], model(changed[b:b + 1])[0][0], rtol=0, atol=1e-12)
 
 
 # communication
@@ -227,6 +236,69 @@ def test_messages_are_one_stream_in_the_compute_dtype_and_streams_are_float32(bl
     assert {stream.dtype for stream in streams} == {torch.float32}
 
 
+# what a block of one's own may do
+
+
+@pytest.fixture
+def palm(own_blocks):
+    """PaLM's layer, in which attention and the MLP read the same stream, with a sync and without one."""
+    class PaLMBlock(Block, name='palm'):
+        def forward(self, s):
+            return s.sync(self.attn(self.ln_1(s.u)), self.mlp(self.ln_2(s.u)))
+
+    class PaLMParallelBlock(Block, name='palm_parallel'):
+        def forward(self, s):
+            return s.add(self.attn(self.ln_1(s.u)), self.mlp(self.ln_2(s.u)))
+
+
+@pytest.mark.parametrize('merge', ['sum', 'mean'])
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('block_types', [
+    ['palm'] * 3, ['palm_parallel'] * 2, ['parallel', 'palm', 'tp'], ['palm_parallel', 'parallel', 'palm']],
+    ids='-'.join)
+def test_two_products_are_added_or_share_one_all_reduce(palm, block_types, bias, merge):
+    model = build(block_types, 3, bias=bias, merge=merge)
+    assert_same(model_results(model, *batch()), reference_results(model, *batch()), 1e-9)
+    with count_all_reduces() as n:
+        model(*batch())[1].backward()
+    syncs = reference_gpt(model.state_dict(), model.config, batch()[0])[1]
+    assert (n.forward, n.backward) == (syncs, syncs)
+    inside = block_types.count('palm') + 2 * block_types.count('tp')
+    assert syncs == inside + (block_types[-1] == 'palm_parallel')
+
+
+def test_a_sync_of_what_is_together_does_nothing(own_blocks):
+    class IdleBlock(Block, name='idle'):
+        def forward(self, s):
+            s = s.sync().sync().sync(self.attn(self.ln_1(s.u)))
+            return s.sync().sync(self.mlp(self.ln_2(s.sync().u))).sync()
+
+    idle, tp = (operations([name] * 2, 2, bias=True) for name in ('idle', 'tp'))
+    assert [what for what, *_ in idle.ran] == [what for what, *_ in tp.ran]
+    model, other = (build([name] * 2, 2, bias=True) for name in ('idle', 'tp'))
+    with count_all_reduces() as n:
+        assert_same(model_results(model, *batch()), model_results(other, *batch()), 0)
+    assert n.forward == 2 * 4 * 2 and n.backward == 4 * 2  # logits and loss of both, and one backward each
+
+
+def test_what_a_block_carries_reaches_a_later_one_through_adds_and_syncs(own_blocks):
+    found = []
+
+    class FirstBlock(SPDBlock, name='first'):
+        def forward(self, s):
+            return super().forward(s)._replace(carry=s.u)
+
+    class LastBlock(TPBlock, name='last'):
+        def forward(self, s):
+            found.append(s.carry)
+            return super().forward(s)
+
+    model, (idx, _) = build(['first', 'parallel', 'tp', 'parallel', 'last'], 2), batch()
+    model(idx)
+    wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
+    torch.testing.assert_close(found, [wte[idx] + wpe[:T]], rtol=0, atol=0)
+
+
 # parameters
 
 
@@ -266,7 +338,7 @@ def test_every_parameter_starts_as_gpt2s_does():
             continue
         std = 0.02 / math.sqrt(2 * c.n_layer) if 'c_proj' in name else 0.02
         z, n = p / std, p.numel()
-        # a normal sample of n: five standard errors of its mean, its deviation and its share within one sigma
+        # a normal sample of n: within five standard errors its mean, deviation and share within one sigma
         assert abs(z.mean()) < 5 / math.sqrt(n), name
         assert abs(z.std() - 1) < 5 / math.sqrt(2 * n), name
         assert abs((z.abs() < 1).double().mean() - 0.6827) < 5 * math.sqrt(0.6827 * 0.3173 / n), name
@@ -291,17 +363,14 @@ def test_weight_decay_is_for_matrices_and_each_parameter_is_optimized_once():
         assert all(group['weight_decay'] == (0.1 if p.ndim >= 2 else 0.0) for p in group['params'])
 
 
-@pytest.mark.parametrize(
-    'settings, words',
-    [
-        (dict(n_layer=6, block_types=['tp'] * 4), ['block_types has 4 entries, n_layer is 6']),
-        (dict(n_layer=2, block_types=['tp', 'tpp']), ['block_types', 'tpp']),
-        (dict(tp_size=5), ['tp_size', '5', 'n_head', '12']),
-        (dict(tp_size=0), ['tp_size', '0']),
-        (dict(n_head=10), ['n_head', '10', 'n_embd', '768']),
-    ],
-    ids=lambda value: None if isinstance(value, list) else '-'.join(value),
-)
+@pytest.mark.parametrize('settings, words', [
+    (dict(n_layer=6, block_types=['tp'] * 4), ['block_types has 4 entries, n_layer is 6']),
+    (dict(n_layer=2, block_types=['tp', 'tpp']), ['block_types', 'tpp']),
+    (dict(tp_size=5), ['tp_size', '5', 'n_head', '12']),
+    (dict(tp_size=0), ['tp_size', '0']),
+    (dict(n_head=10), ['n_head', '10', 'n_embd', '768']),
+    (dict(merge='max'), ['merge', 'max', 'sum or mean']),
+])
 def test_a_config_that_cannot_be_built_is_refused_in_one_line(settings, words):
     with pytest.raises(ValueError) as refusal:
         GPT(GPTConfig(**settings))
@@ -313,7 +382,7 @@ def test_a_config_that_cannot_be_built_is_refused_in_one_line(settings, words):
 
 
 class Operations(TorchDispatchMode):
-    """Records what runs, in order: (what, its tensors' shapes, elements of its largest output)."""
+    """Records the operations that run, in order: (which, its tensors' shapes, size of its largest output)."""
 
     def __init__(self):
         super().__init__()
@@ -350,12 +419,12 @@ def test_a_synced_stream_has_no_rank_dimension_and_costs_what_dense_costs(bias):
     assert len(dense.matmuls()) > 3 * 4 * 3  # four linear layers a block, forward and two backward
     assert synced.matmuls() == dense.matmuls()
     assert synced.largest() <= dense.largest()
-    # what the assertion above can see: six streams are more than the MLP's fourfold width
+    # the assertion above would see it: six streams are more than the MLP's fourfold width
     assert operations(['parallel'] * 3, 6, bias=bias).largest() > dense.largest()
 
 
 def test_only_what_drifts_is_batched_over_ranks():
-    """An SPD block enters and leaves on a common stream: its first and last layers run as dense GPT-2's."""
+    """An SPD block enters and leaves on a replicated stream: its first and last matmuls are dense GPT-2's."""
     C, shapes = SMALL['n_embd'], [shapes for _, shapes in operations(['spd'], 3).matmuls()]
     assert [(B * T, C), (C, 3 * C)] in shapes  # c_attn
     assert [(B * T, 4 * C), (4 * C, C)] in shapes  # mlp.c_proj, the sum over ranks inside it
@@ -382,7 +451,7 @@ def test_arithmetic_is_dense_gpt2s_whatever_the_blocks(block_types):
 @pytest.mark.parametrize('backend, dropout', [('eager', 0.2), ('aot_eager', 0.0)])
 def test_compiles_without_a_graph_break(backend, dropout):
     torch._dynamo.reset()
-    model = build(['tp', 'parallel', 'spd', 'parallel'], 2, bias=True, dropout=dropout)
+    model = build(['tp', 'spd', 'parallel'], 2, bias=True, dropout=dropout)
 
     def trained(run):
         model.zero_grad()
@@ -418,7 +487,7 @@ def test_dropout_masks_do_not_depend_on_tp_size():
 @pytest.mark.parametrize('layer', [0, 1])
 @pytest.mark.parametrize('kind', ['attn', 'mlp'])
 def test_drifted_streams_are_dropped_by_the_masks_of_dense(block_type, layer, kind):
-    """With all sublayers but one silent the ranks read what dense reads: only their masks could differ."""
+    """With all sublayers but one silent the ranks read what dense reads; only their masks could differ."""
     streams = []
     for types, tp_size in ((['tp'] * 2, 1), ([block_type] * 2, 4)):
         model = build(types, tp_size, bias=True, dropout=0.3)
@@ -430,12 +499,10 @@ def test_drifted_streams_are_dropped_by_the_masks_of_dense(block_type, layer, ki
 
 
 @pytest.mark.parametrize('block_type', TYPES)
-@pytest.mark.parametrize(
-    'source, masks',
-    [('embedding', 1), ('attn.c_proj.bias', 1), ('mlp.c_proj.bias', 1), ('attention', 2), ('mlp', 1)],
-)
+@pytest.mark.parametrize('source, masks', [
+    ('embedding', 1), ('attn.c_proj.bias', 1), ('mlp.c_proj.bias', 1), ('attention', 2), ('mlp', 1)])
 def test_dropout_falls_on_all_that_enters_the_stream_and_on_attention(source, masks, block_type, monkeypatch):
-    """Every parameter is 0 but those that make `source` add 1: the stream then shows the masks alone."""
+    """All parameters are 0 except those that make `source` add 1; the stream then shows the masks alone."""
     model = GPT(config([block_type], 2, bias=True, dropout=0.3))
     block, C, samples, streams = model.transformer.h[0], model.config.n_embd, 400, []
     with torch.no_grad():
@@ -444,7 +511,7 @@ def test_dropout_falls_on_all_that_enters_the_stream_and_on_attention(source, ma
         if source == 'embedding':
             model.transformer.wpe.weight.fill_(1)
         elif source == 'attention':  # v is 1, c_proj the identity
-            block.attn.c_attn.bias[2 * C :] = 1
+            block.attn.c_attn.bias[2 * C:] = 1
             block.attn.c_proj.weight.copy_(torch.eye(C))
         elif source == 'mlp':
             block.mlp.c_fc.bias.fill_(1)
@@ -470,9 +537,9 @@ def test_evaluation_drops_nothing(block_types):
 
 
 def greedy(model, idx, n):
-    """The likeliest token after the last block_size ones, n times: what a temperature towards 0 must give."""
+    """Append the likeliest token after the last block_size ones, n times, as a temperature towards 0 must."""
     for _ in range(n):
-        last = model(idx[:, -model.config.block_size :])[0][:, -1]
+        last = model(idx[:, -model.config.block_size:])[0][:, -1]
         idx = torch.cat([idx, last.argmax(-1, keepdim=True)], 1)
     return idx
 

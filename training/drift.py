@@ -1,37 +1,38 @@
 """
-How far apart the ranks' residual streams are, sublayer by sublayer: what a cliff in the loss may come from.
+How far apart the ranks' residual streams are, sublayer by sublayer: a possible cause of a cliff in the loss.
 
-    python train.py config/train_gpt2_8comm.py config/cpu.py --log_drift=True     # at every evaluation
-    python compare.py out/gpt2-124M-8comm-cpu                                     # plots it against depth
+    python train.py config/train_gpt2_8comm.py config/cpu.py --log_drift=True  # at every evaluation
+    python compare.py out/gpt2-124M-8comm-cpu  # plots it against depth
 """
 
 import torch
 import torch.nn.functional as F
 
-from model import add_optional
+from model import add_optional, drifted
 
 
 @torch.no_grad()
 def measure_drift(model, idx):
     """
-    The drift that each sublayer reads, over the tokens idx (B, T), on a model that hosts all its ranks.
+    The drift that each sublayer reads, over the tokens idx (B, T), of a model that simulates all its ranks.
 
-    Returns (drift, cosine), lists of 2 n_layer + 1 numbers: attention's and the MLP's of each layer in turn,
-    then the end of the model's, before its sync.
+    Returns (drift, cosine), lists of 2 n_layer + 1 numbers: for attention and the MLP of each layer in turn,
+    then for the end of the model, before its sync.
 
-        drift   ||d_r|| / ||c||, Frobenius norms over all tokens, mean over ranks; 0 where nothing is apart.
-                c is the common stream as read, with the biases that this stretch has added
-        cosine  of d_r and d_s, mean over tokens and pairs of ranks; None where nothing is apart
+        drift   ||d_r|| / ||c||, Frobenius norms over all tokens, mean over ranks; 0 if nothing is apart.
+                c is the replicated stream as read, with the biases that this segment has added
+        cosine  of d_r and d_s, mean over tokens and pairs of ranks; None if nothing is apart
     """
-    seen = []                           # of each sublayer: (c, d), or (c, None)
+    seen = []  # of each sublayer: (c, d), or (c, None) if nothing is apart
 
-    def see(c, u):                      # u is common until the ranks add something of their own
-        seen.append((c, u - c if u.dim() == 4 else None))
+    def see(c, u):
+        seen.append((c, u - c if drifted(u) else None))
 
     hooks = []
     for block in model.transformer.h:
         hooks.append(block.register_forward_pre_hook(lambda _, args: see(args[0].c, args[0].u)))
-        hooks.append(block.ln_2.register_forward_pre_hook(      # c as the block's attention has left it
+        # what the MLP reads: c as the block's attention has left it
+        hooks.append(block.ln_2.register_forward_pre_hook(
             lambda _, args, block=block: see(add_optional(seen[-1][0], block.attn.c_proj.bias), args[0])))
     hooks.append(model.transformer.h[-1].register_forward_hook(lambda *call: see(call[-1].c, call[-1].u)))
     training = model.training
@@ -46,7 +47,7 @@ def measure_drift(model, idx):
 
 
 def size(c, d):
-    """c common (B, T, C), d drifted (R, B, T, C) or None -> mean over ranks of ||d_r|| / ||c||"""
+    """c replicated (B, T, C), d drifted (R, B, T, C) or None -> mean over ranks of ||d_r|| / ||c||"""
     return 0.0 if d is None else (d.flatten(1).norm(dim=1).mean() / c.norm()).item()
 
 
@@ -55,5 +56,5 @@ def alignment(d):
     if d is None or len(d) == 1:
         return None
     R, unit = len(d), F.normalize(d, dim=-1)
-    squares = unit.sum(0).square().sum(-1)          # (B, T): R + the sum over pairs of their cosines
+    squares = unit.sum(0).square().sum(-1)  # (B, T): R + the sum of the pairs' cosines
     return ((squares - R) / (R * (R - 1))).mean().item()

@@ -1,0 +1,31 @@
+"""
+Text from a trained run.
+
+    python -m pytest tests/test_sample.py
+"""
+
+import pytest
+
+import sample
+
+
+def test_a_run_writes_on_from_a_start(undisturbed, tmp_path, capsys):
+    (tmp_path / 'prompt.txt').write_text('def main(')
+    texts = []
+    for start, seed in ('def main(', 1), (f'FILE:{tmp_path}/prompt.txt', 1), ('def main(', 2):
+        sample.main([f'--out_dir={undisturbed}', f'--start={start}', f'--seed={seed}', '--num_samples=2',
+                     '--max_new_tokens=40', '--device=cpu'])
+        texts.append(capsys.readouterr().out.split('\n---------------\n'))
+    first, second, rest = texts[0]
+    assert first.startswith('def main(') and second.startswith('def main(') and rest == ''
+    assert len(first) > len('def main(') and first != second and texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--temperature=0', '--temperature is 0.0, it must be above 0'), ('--tempreture=1', '--tempreture=1'),
+    ('--checkpoint=ckpt-first.pt', 'ckpt-first.pt: No such file'), ('--start=', '--start is empty')])
+def test_a_mistake_in_a_flag_of_sample_gets_one_line(undisturbed, flag, words):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([f'--out_dir={undisturbed}', '--device=cpu', flag])
+    message = stopped.value.code  # text: Python prints it on stderr and leaves with status 1
+    assert message.startswith('error: ') and len(message.splitlines()) == 1 and words in message
