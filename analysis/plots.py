@@ -1,15 +1,15 @@
 """
-The plots of a comparison. Each plot_* function takes the rows of runs.py and gives a matplotlib figure, None
-where the rows have nothing to show in it.
+The plots of a comparison. Each plot_* function takes the rows of runs.py and returns a matplotlib figure, or
+None if the rows have nothing to show in it.
 
-What is told apart is told apart by marker, line or panel, never by colour alone. Where there may be many
-configs each gets a panel of its own, with the dense control in grey to read it against. Files come out the
-same, byte for byte, from the same runs.
+Curves differ in marker, line or panel, never in colour alone. If there may be many configs, each gets a
+panel of its own, with the dense control in grey. The same runs give the same files, byte for byte.
 """
 
 import math
 import statistics
 import textwrap
+from collections import Counter
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,18 +17,30 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from analysis.answers import (FULL_WIDTH, GOALS, TARGET, by_note, comparisons, curve_name, curves, drift_of,
-                     fastest_first, front, in_scope, largest_drift, width_trends)
-from configurator import pattern
+from analysis.findings import (
+    FULL_WIDTH,
+    GOALS,
+    TARGET,
+    by_note,
+    comparisons,
+    curve_name,
+    curves,
+    drift_of,
+    fastest_first,
+    front,
+    in_scope,
+    largest_drift,
+    width_trends,
+)
 from analysis.runs import TOKENS, simulated, subject, to_dense
 
 MARKERS, LINES = 'osD^vP*X<>', ('-', '--', '-.', ':')
-POINTS = 100                    # of a line, at most: enough for a panel, and a file that is not large
+POINTS = 100  # of a line, at most: enough for a panel, and the file stays small
 STYLE = {
     'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 10, 'figure.dpi': 150,
     'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False,
     'axes.grid': True, 'grid.alpha': 0.3, 'grid.linewidth': 0.5, 'axes.axisbelow': True,
-    # without it ids are drawn at random; text as text, in whatever font the reader has, keeps files small
+    # without a salt ids are random; text as text, in whatever font the reader has, keeps files small
     'svg.hashsalt': 'compare', 'svg.fonttype': 'none'}
 NO_DATE = dict.fromkeys(('Date', 'Creator'))
 
@@ -36,7 +48,7 @@ NO_DATE = dict.fromkeys(('Date', 'Creator'))
 
 
 def figure(rows, title, panels=1, columns=1, size=(8, 4.6), **shared):
-    """An empty figure whose title names the corpus, and its axes, those in use and no more."""
+    """An empty figure whose title names the corpus, and the list of its axes."""
     fig = Figure(figsize=size)
     lines = math.ceil(panels / columns)
     grid = fig.subplots(lines, columns, squeeze=False, **shared)
@@ -50,7 +62,7 @@ def figure(rows, title, panels=1, columns=1, size=(8, 4.6), **shared):
 
 
 def panels(rows, title, unit, below='step (updates made)'):
-    """A figure with a small panel for each row, named after it, four or five abreast, all with one scale."""
+    """A figure with a small panel for each row, named after it, four or five in a line, all on one scale."""
     columns = min(4 if len(rows) <= 12 else 5, len(rows))
     size = max(5, 2.6 * columns), 1.1 + 1.9 * math.ceil(len(rows) / columns)
     fig, axes = figure(rows, title, len(rows), columns, size, sharex=True, sharey=True)
@@ -69,12 +81,12 @@ def loss_unit(rows):
 
 
 def wrapped(row):
-    """A row's label, on lines that leave room for a plot."""
+    """A row's label, broken into lines that leave room for a plot."""
     return '\n'.join(textwrap.wrap(row.label, 44))
 
 
 def bar(ax, difference, y, **style):
-    """A mean and its interval, lying at height y; an open mark where there is no interval."""
+    """Draw a mean with its interval, horizontally at height y; an open marker if it has none."""
     style = dict(marker='o', color='black', markersize=4.5) | style
     if difference.half is None:
         ax.plot(difference.mean, y, markerfacecolor='white', linestyle='', **style)
@@ -97,63 +109,68 @@ def plot_tradeoff(rows):
     return fig
 
 
-def looks(rows):
-    """A style for each curve: {its name: style}."""
+def curve_styles(rows):
+    """{name of a curve: its style}"""
     names = [curve_name(curve[0]) for curve in curves(rows)]
     return {name: dict(marker=MARKERS[i % len(MARKERS)], color=f'{0.65 * i / max(1, len(names) - 1):.2f}',
                        markersize=5, label=name.removesuffix(rows[0].note)) for i, name in enumerate(names)}
 
 
-def placed(row):
+def height(row):
     """
-    Where a row stands beside its dense control: the control's mean loss plus the paired difference.
+    A row's height in the plot: its dense control's mean loss plus the paired difference.
 
-    That is its own mean loss, unless it lacks some of the control's seeds, which may all be higher or lower.
+    That is its own mean loss, unless it lacks some of the control's seeds: these may all be higher or lower.
     """
     return row.control.loss + to_dense(row).mean if to_dense(row) else row.loss
 
 
 def draw_tradeoff(ax, rows):
-    """One recipe's part of it: a line for each curve, open marks for other placements of the same count."""
-    lines, styles = curves(rows), looks(rows)
+    """One recipe: a line for each curve, open markers for other placements of the same count."""
+    lines, styles = curves(rows), curve_styles(rows)
     on_curve = [row for curve in lines for row in curve]
-    # a count cannot tell placements apart; what a pass really all-reduces can
+    # placements share their count, but not always what a pass really all-reduces
     observed = any(row not in on_curve for row in rows if not row.dense)
-    beside = {}                         # x of what is not on a curve -> how many are there already
+    beside = Counter()  # x of a row that is on no curve -> how many are there already
     for i, curve in enumerate(lines):
-        aside = 0.16 * (i - (len(lines) - 1) / 2)       # so that bars stand side by side
+        aside = 0.16 * (i - (len(lines) - 1) / 2)  # so that intervals stand side by side
         style = styles[curve_name(curve[0])]
         own = [row for row in rows if not row.dense and curve_name(row) == curve_name(curve[0])]
         x = {row: (row.all_reduces['forward'] if observed else row.communications) + aside for row in own}
-        ax.plot([x[row] for row in curve], list(map(placed, curve)), linestyle=LINES[i % len(LINES)],
+        ax.plot([x[row] for row in curve], list(map(height, curve)), linestyle=LINES[i % len(LINES)],
                 zorder=3, **style)
         for row in own:
-            if row not in curve:        # side by side, too
-                beside[x[row]] = beside.get(x[row], 0) + 1
+            if row not in curve:
+                beside[x[row]] += 1
                 x[row] += 0.3 * beside[x[row]]
-                ax.plot(x[row], placed(row), linestyle='', markerfacecolor='white', zorder=3,
-                        **style | {'label': None})
+                ax.plot(x[row], height(row), linestyle='', markerfacecolor='white', zorder=3,
+                        **style | dict(label=None))
             difference = to_dense(row)
             if difference and difference.half is not None:
-                ax.errorbar(x[row], placed(row), difference.half, color=style['color'], capsize=2.5,
+                ax.errorbar(x[row], height(row), difference.half, color=style['color'], capsize=2.5,
                             linewidth=1)
     if observed:
         ax.plot([], [], 'o', color='black', markerfacecolor='white', label='the same blocks in another order')
-        names = {row.all_reduces['forward']: row.all_reduces['forward'] for row in on_curve}
-        ax.set_xlabel('all-reduces observed in a forward pass')
-    else:
-        names = {row.communications: f'{row.communications}\n({row.all_reduces["forward"]})'
-                 for row in on_curve}
-        ax.set_xlabel("communications by the guide's count\n(all-reduces observed in a forward pass)")
-    ax.set_xticks(list(names), names.values())
+    mark_counts(ax, on_curve, observed)
     mark_references(ax, rows)
-    # below the axes, where it hides no bar
+    # below the axes, where it hides nothing
     ax.legend(fontsize=7, title='dense plus the paired difference; bars: its 95% interval', title_fontsize=7,
               loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=2)
 
 
+def mark_counts(ax, rows, observed):
+    """Ticks at the rows' observed all-reduces, or at their communications with the all-reduces below."""
+    if observed:
+        names = {row.all_reduces['forward']: row.all_reduces['forward'] for row in rows}
+        ax.set_xlabel('all-reduces observed in a forward pass')
+    else:
+        names = {row.communications: f'{row.communications}\n({row.all_reduces["forward"]})' for row in rows}
+        ax.set_xlabel("communications by the guide's count\n(all-reduces observed in a forward pass)")
+    ax.set_xticks(list(names), names.values())
+
+
 def mark_references(ax, rows):
-    """What a loss is read against: the dense control, its rounding floor, the guide's limits in scope."""
+    """Draw the dense control, its rounding floor, and the guide's limits if they apply."""
     for control in (row for row in rows if row.dense):
         ax.axhline(control.loss, color='black', linewidth=1, linestyle=(0, (6, 3)), label='dense control')
         floor = max((row.floor or 0 for row in rows if row.control is control), default=0)
@@ -185,7 +202,7 @@ def plot_differences(rows):
 
 
 def finish_forest(ax, names, rows):
-    """A line at 0, the floor, and a name at each height, the first on top."""
+    """Draw a line at 0, the rounding floor, and a name at each height, the first on top."""
     ax.axvline(0, color='black', linewidth=0.8)
     floor = max(row.floor or 0 for row in rows)
     ax.axvspan(-floor, floor, color='0.88', zorder=0)
@@ -205,7 +222,7 @@ def plot_placement(rows):
                         size=(9, 1.7 + 0.42 * len(found)))
     for y, one in enumerate(found):
         bar(ax, one.difference, y, marker=kinds[one.kind][0])
-    names = [f'{one.first.label}\nminus {pattern(one.second.block_types)}  (n={one.difference.n})'
+    names = [f'{one.first.label}\nminus {one.second.blocks}  (n={one.difference.n})'
              for one in found]
     finish_forest(ax, names, [one.first for one in found])
     for kind, (marker, label) in kinds.items():
@@ -224,14 +241,16 @@ def plot_pareto(rows):
     fig, axes = figure(rows, 'Validation loss minus dense, against the predicted time of a step', len(notes),
                        len(notes), (max(8, 4.5 * len(notes)), 4.8))
     for ax, (note, own) in zip(axes, notes.items()):
-        best, styles, named = front(own), looks(own), {row for curve in curves(own) for row in curve}
+        best, styles = front(own), curve_styles(own)
+        named = {row for curve in curves(own) for row in curve if row.plain}
         ax.plot([row.seconds * 1e3 for row in best], [to_dense(row).mean for row in best], color='0.5',
                 linewidth=1, drawstyle='steps-post', label='Pareto front')
         for row in own:
-            style, difference, x = styles[curve_name(row)], to_dense(row), row.seconds * 1e3
+            style = styles[curve_name(row)] | dict(label=None)
+            difference, x = to_dense(row), row.seconds * 1e3
             ax.errorbar(x, difference.mean, difference.half, capsize=2.5, linewidth=0.8,
-                        markerfacecolor=style['color'] if row in best else 'white', **style | {'label': None})
-            if row in best or row in named and not row.variant:
+                        markerfacecolor=style['color'] if row in best else 'white', **style)
+            if row in best or row in named:
                 ax.annotate(str(row.communications), (x, difference.mean), xytext=(5, 4), fontsize=7,
                             textcoords='offset points')
         for style in styles.values():
@@ -249,7 +268,7 @@ def plot_pareto(rows):
 
 
 def plot_width(rows):
-    """Paired differences against width, a panel a config, with the fitted line drawn on to GPT-2's width."""
+    """Paired differences against width, a panel for each config; the fitted line goes on to GPT-2's."""
     trends = width_trends(rows)
     if not trends:
         return None
@@ -275,7 +294,7 @@ def plot_width(rows):
         ax.axhline(0, color='black', linewidth=0.5)
         ax.set_xscale('log', base=2)
         ax.set_xticks([*trend.widths, FULL_WIDTH], [*map(str, trend.widths), str(FULL_WIDTH)])
-        ax.set_title(f'{trend.rows[0].communications}: {trend.words}', fontsize=7)
+        ax.set_title(f'{trend.rows[0].communications}: {trend.name}', fontsize=7)
     fig.supxlabel('n_embd; the dashes extrapolate, grey is the 95% interval of the line', fontsize=8)
     fig.supylabel(f'difference ({loss_unit(rows)})', fontsize=8)
     return fig
@@ -296,7 +315,7 @@ def thinned(points):
 
 
 def highest(points):
-    """At most POINTS of a curve [(step, value)]: of each stretch the highest, so that no peak is lost."""
+    """At most POINTS of a curve [(step, value)]: the highest of each window, so that no peak is lost."""
     every = max(1, math.ceil(len(points) / POINTS))
     return [max(points[i:i + every], key=lambda point: point[1]) for i in range(0, len(points), every)]
 
@@ -308,8 +327,7 @@ def train_curve(run):
 
 
 def val_curve(run):
-    return thinned([(step, line['val_loss']) for step, line in sorted(run.evals.items())
-                    if line['val_loss'] is not None])
+    return thinned(run.val_losses)
 
 
 def mean_curve(curves):
@@ -320,8 +338,9 @@ def mean_curve(curves):
 
 
 def controls(row):
-    """The dense control's runs of a row's seeds."""
-    return [run for seed, run in row.control.runs.items() if seed in row.runs] if row.control else []
+    """The runs of a row's dense control, which for a control is itself, of the row's seeds."""
+    control = row if row.dense else row.control
+    return [run for seed, run in control.runs.items() if seed in row.runs] if control else []
 
 
 def draw(ax, curve, *line, **style):
@@ -333,7 +352,7 @@ def plot_curves(rows):
     """Every run's training loss, smoothed, and the mean validation loss; the dense control's is grey."""
     fig, axes = panels(rows, 'Training curves: lines are train loss of each run, smoothed; dots are mean '
                        'validation loss; grey is dense', f'loss ({loss_unit(rows)})')
-    settled = []                        # what the panels show; the first descent would flatten it
+    settled = []  # what the panels must show; the first descent would flatten the rest
     for ax, row in zip(axes, rows):
         draw(ax, mean_curve(map(train_curve, controls(row))), color='0.7', linewidth=2.5)
         for run in row.runs.values():
@@ -411,8 +430,8 @@ def plot_speed(rows):
 
 def drift_panels(rows, title, unit, which):
     """
-    A figure of the first or second list of drift_of(), mean over runs, against depth, and its axes; None and
-    none where nothing drifts. A sublayer that reads what is the same on every rank has no point.
+    (figure, axes) of the first or second list of drift_of(), mean over runs, against depth; (None, []) if
+    nothing drifts. A sublayer that reads a replicated stream has no point.
     """
     measured = {row: list(row.values(drift_of).values()) for row in rows if row.mean(largest_drift)}
     if not measured:
@@ -454,7 +473,7 @@ PLOTS = dict(
 
 def draw_all(rows, folder):
     """
-    Writes each plot that the rows have as PNG and SVG, and removes what an earlier comparison left of others.
+    Write each plot that the rows have as PNG and SVG, and remove what an earlier comparison left of others.
 
     Returns {name: what it shows}.
     """
@@ -466,7 +485,7 @@ def draw_all(rows, folder):
                 for file in files:
                     file.unlink(missing_ok=True)
                 continue
-            # savefig would lay it out and draw it several times over, which takes most of the time
+            # savefig would lay it out and draw it several times, which takes most of the time
             fig.get_layout_engine().execute(fig)
             fig.set_layout_engine('none')
             FigureCanvasAgg(fig).print_png(files[0])

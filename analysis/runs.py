@@ -1,9 +1,9 @@
 """
 The runs that train.py left, read from their folders or from W&B, and paired with their dense controls.
 
-A Run is one folder. A Row is the runs that differ in nothing but their seed; it knows the dense control of
+A Run is one folder. A Row is the finished runs that differ only in their seed; it knows the dense control of
 the same data and recipe. Differences are taken seed by seed and then averaged: a run shares its initial
-weights and batches with the control of its seed, so most of what a seed does to a loss cancels.
+weights and batches with the control of its seed, so most of what the seed does to a loss cancels.
 
 References  Student's t interval of paired differences: Student (1908), Biometrika 6(1)
 """
@@ -11,15 +11,18 @@ References  Student's t interval of paired differences: Student (1908), Biometri
 import json
 import math
 import statistics
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import NoneType
 
-from configurator import HOUSEKEEPING, fail, pattern, read_defaults
+from configurator import VARIED, complete, fail, pattern, read_defaults, recipe
+from training.rundir import read_info, read_metrics
 
-TOKENS = {'byte': 'byte', 'char': 'character', 'gpt2': 'GPT-2'}
+TOKENS = dict(byte='byte', char='character', gpt2='GPT-2')
+GUIDE_TYPES = {'tp', 'spd', 'parallel'}  # the guide's block types; any other gets a curve of its own
+OTHER_VARIED = sorted(VARIED - {'seed', 'block_types', 'tp_size'})
 
 SPIKE_LINES = 10
 SPIKE = (f'a logged training loss above the highest of the {SPIKE_LINES} logged before it by more than their '
@@ -30,11 +33,11 @@ SPIKE = (f'a logged training loss above the highest of the {SPIKE_LINES} logged 
 
 @dataclass(eq=False)
 class Run:
-    """A run as read. `trouble` says why it is in no mean; empty for a finished run."""
-    folder: Path                # or its path in W&B
-    info: dict
-    evals: dict                 # iter -> line with val_loss, nats per token
-    logs: dict                  # iter -> line with train_loss, tokens_per_sec ...
+    """One run as read. `trouble` says why it is in no mean; it is empty for a finished run."""
+    folder: Path  # or its path in W&B
+    info: dict  # run.json's contents, {} if there are none
+    evals: dict  # iter -> line with val_loss, nats per token
+    logs: dict  # iter -> line with train_loss, tokens_per_sec ...
     trouble: str = ''
 
     @property
@@ -42,25 +45,35 @@ class Run:
         return self.info['config']
 
     @property
+    def name(self):
+        """Its name without the seed."""
+        return self.info['name'].replace(f'-seed{self.config["seed"]}', '')
+
+    @property
+    def last(self):
+        """The evaluation after the last step."""
+        return self.evals[self.config['max_iters']]
+
+    @property
     def loss(self):
         """Validation loss after the last step, nats per token."""
-        return self.evals[self.config['max_iters']]['val_loss']
+        return self.last['val_loss']
 
     @cached_property
     def tokens_per_sec(self):
-        """Median over the log lines, without the first, which pays for start-up, where there are others."""
+        """Median over the log lines. The first pays for start-up and is left out if there are others."""
         speeds = [line['tokens_per_sec'] for line in self.logs.values() if line.get('tokens_per_sec')]
         return statistics.median(speeds[1:] or speeds) if speeds else None
 
     @property
     def gap(self):
-        """Validation loss minus the loss on fixed windows of train; None where those were not read."""
-        train = self.evals[self.config['max_iters']].get('fixed_train_loss')
+        """Validation loss minus the loss on fixed windows of train; None if those were not read."""
+        train = self.last.get('fixed_train_loss')
         return None if train is None else self.loss - train
 
     @property
-    def risen(self):
-        """How far the final validation loss lies above the lowest one: what overfitting would raise."""
+    def rise(self):
+        """The last validation loss minus the lowest one: overfitting would raise it."""
         return self.loss - min(loss for _, loss in self.val_losses)
 
     @cached_property
@@ -70,7 +83,7 @@ class Run:
                 if line['val_loss'] is not None]
 
     def series(self, key):
-        """A key of the log lines as {iter: value}, where it is a number."""
+        """The numbers that the log lines have under a key: {iter: value}."""
         return {step: line[key] for step, line in sorted(self.logs.items()) if line.get(key) is not None}
 
     @cached_property
@@ -86,19 +99,18 @@ class Run:
 
     @property
     def skipped(self):
-        """Steps without a finite gradient, which updated nothing."""
+        """The number of steps without a finite gradient, which updated nothing."""
         return max(self.series('skipped').values(), default=0)
 
     @cached_property
     def grad_norms(self):
         """The logged gradient norms after warmup, before clipping."""
-        return [norm for step, norm in self.series('grad_norm').items()
-                if step > self.config.get('warmup_iters', 0)]
+        return [norm for step, norm in self.series('grad_norm').items() if step > self.config['warmup_iters']]
 
     def steps_to(self, level):
         """
-        The steps after which the validation loss is first at the level, on straight lines between
-        evaluations; None where it never is.
+        The number of steps until the validation loss first reaches the level, on straight lines between
+        evaluations; None if it never does.
         """
         points = self.val_losses
         for (step, loss), (next_step, next_loss) in zip([points[0], *points], points):
@@ -108,56 +120,61 @@ class Run:
         return None
 
 
-def find_trouble(run):
-    """Why a run with a run.json is in no mean; '' for one that is."""
-    state, last = run.info['state'], run.config['max_iters']
+def find_trouble(info, evals, logs):
+    """Why a run with a run.json is in no mean; '' if it is in one."""
+    state, last = info['state'], info['config']['max_iters']
     if state != 'finished':
         state = 'running, or killed' if state == 'running' else state
-        return f'{state}, last seen at step {max([0, *run.evals, *run.logs])} of {last}'
-    if last not in run.evals:
+        return f'{state}, last seen at step {max([0, *evals, *logs])} of {last}'
+    if last not in evals:
         return f'finished, but without an evaluation at step {last}'
-    if run.loss is None or not math.isfinite(run.loss):
-        return f'diverged: its validation loss is {run.loss}'
-    return ''
+    loss = evals[last]['val_loss']
+    return '' if loss is not None and math.isfinite(loss) else f'diverged: its validation loss is {loss}'
 
 
 def read_run(folder):
-    """The run in a folder, finished or not."""
-    if not (folder / 'run.json').exists():
+    """The run in a folder, finished or not. Ends the program, in one line, if a file of it is damaged."""
+    try:
+        info = read_info(folder)
+    except ValueError as error:
+        fail(f'{error}; move the folder away, or train it again')
+    if info is None:
         return Run(folder, {}, {}, {}, 'ended before it wrote run.json (see its log.txt)')
-    run = Run(folder, read_info(folder / 'run.json'), *read_metrics(folder / 'metrics.jsonl'))
-    run.trouble = find_trouble(run)
-    return run
+    evals, logs = read_metrics(folder)
+    return Run(folder, info, evals, logs, find_trouble(info, evals, logs))
 
 
 def read_wandb(project, api):
     """
     The training runs of a W&B project, 'entity/project', with what they logged there. api: a wandb.Api
 
-    A run of another program is given as one with trouble. Raises what the api raises.
+    Runs of another program come back with their trouble. Raises what the api raises.
     """
-    from training.logger import CHARTS, TRACKED
-    ours, keys = {chart: key for key, chart in CHARTS.items()}, read_defaults().keys()
-    runs = []
-    for there in api.runs(project, filters={'jobType': 'train'}, lazy=False):
-        told = dict(there.config)
-        run = Run(Path(*there.path), {key: told[key] for key in TRACKED & told.keys()}, {}, {})
-        run.info.update(
-            name=there.name, state=there.state, config={key: told[key] for key in keys & told.keys()},
-            all_reduces={way: told.get(f'all_reduces_{way}') for way in ('forward', 'backward')})
-        missing = (NEEDED - run.info.keys()) | ({'max_iters', *VARIED} - run.config.keys())
-        if missing:
-            run.info, run.trouble = {}, f'its config in W&B lacks {", ".join(sorted(missing))}'
-        else:
-            for logged in there.scan_history():
-                line = {ours.get(key, key): value for key, value in logged.items() if value is not None}
-                if 'val_tokens' in line:
-                    run.evals[line['iter']] = dict(val_loss=None) | line
-                elif 'iter' in line:
-                    run.logs[line['iter']] = line
-            run.trouble = find_trouble(run)
-        runs.append(run)
-    return runs
+    return [read_wandb_run(run) for run in api.runs(project, filters=dict(jobType='train'), lazy=False)]
+
+
+def read_wandb_run(wandb_run):
+    """A run of W&B's api as a Run."""
+    from training.logger import CHARTS, TRACKED  # which takes torch
+    folder, found = Path(*wandb_run.path), dict(wandb_run.config)
+    reduced = {way: f'all_reduces_{way}' for way in ('forward', 'backward')}
+    # keys of the config beside these may be missing: an earlier version had none, and the default is right
+    missing = {'communications', 'corpus', 'parameters', *reduced.values(),
+               'max_iters', 'seed', 'block_types', 'tp_size'} - found.keys()
+    if missing:
+        return Run(folder, {}, {}, {}, f'its config in W&B lacks {", ".join(sorted(missing))}')
+    config = {key: found[key] for key in read_defaults().keys() & found.keys()}
+    info = {key: found[key] for key in TRACKED & found.keys()} | dict(
+        name=wandb_run.name, state=wandb_run.state, config=complete(config),
+        all_reduces={way: found[key] for way, key in reduced.items()})
+    keys, evals, logs = {chart: key for key, chart in CHARTS.items()}, {}, {}
+    for logged in wandb_run.scan_history():
+        line = {keys.get(key, key): value for key, value in logged.items() if value is not None}
+        if 'val_tokens' in line:
+            evals[line['iter']] = dict(val_loss=None) | line
+        elif 'iter' in line:
+            logs[line['iter']] = line
+    return Run(folder, info, evals, logs, find_trouble(info, evals, logs))
 
 
 # what may be compared with what
@@ -171,7 +188,7 @@ def settings(run):
 
 
 def differing(runs):
-    """Which settings differ: {key: {value as text: first folder with it}}."""
+    """The settings in which runs differ: {key: {value as text: first folder with it}}."""
     seen = {}
     for run in runs:
         for key, value in settings(run).items():
@@ -180,117 +197,173 @@ def differing(runs):
 
 
 def refuse_mixed(runs):
-    """Ends the program where corpora, recipes or lengths differ, in one line that says which."""
-    told = []
-    for key, values in differing(runs).items():
-        told.append(f'{key} is ' + ' and '.join(f'{value} in {folder}' for value, folder in values.items()))
-    if told:
-        fail(f'these runs cannot be compared: {"; ".join(told)}. Name folders that agree, or give --mix')
+    """End the program, in one line that says what differs, if the runs have not one corpus and recipe."""
+    differences = [f'{key} is ' + ' and '.join(f'{value} in {folder}' for value, folder in values.items())
+                   for key, values in differing(runs).items()]
+    if differences:
+        fail(f'these runs cannot be compared: {"; ".join(differences)}. '
+             'Name folders that agree, or give --mix')
+
+
+def variation(run):
+    """What sets a run apart besides seed, blocks and tp_size: the other varied keys, if not the default."""
+    config, defaults = run.config, read_defaults()
+    return {key: config[key] for key in OTHER_VARIED
+            if config[key] != defaults[key][0] and not (key == 'merge' and config['tp_size'] == 1)}
+
+
+def is_dense(run):
+    """Whether a run is a dense control, whose block types and merge do not matter."""
+    return run.config['tp_size'] == 1 and not variation(run)
+
+
+def is_all_tp(run):
+    """Whether a run is tensor-parallel and syncs wherever Megatron does: equal to dense, up to rounding."""
+    config = run.config
+    return config['tp_size'] > 1 and set(config['block_types']) == {'tp'} and not variation(run)
 
 
 @dataclass(eq=False)
 class Row:
-    """The finished runs that differ in nothing but their seed."""
-    runs: dict                                      # seed -> Run
-    note: str = ''                                  # under --mix: what sets it apart
-    control: 'Row' = None                           # the dense control of the same settings
-    floor: float = None                             # the rounding floor of its tp_size, nats per token
-    level: float = None                             # the loss that convergence is timed to, nats per token
-    seconds: float = None                           # predicted of a step over --link
+    """The finished runs that differ only in their seed."""
+    runs: dict  # seed -> Run
+    name: str
+    level: float  # the loss that convergence is timed to, nats per token
+    note: str = ''  # under --mix: what sets it apart
+    control: 'Row | None' = None  # the dense control of the same settings; a control has none
+    floor: float | None = None  # the rounding floor of its tp_size, nats per token
+    seconds: float | None = None  # predicted for a step over --link
 
     def __post_init__(self):
         self.first = next(iter(self.runs.values()))
-        self.tp_size = self.first.config['tp_size']
-        self.dense = self.tp_size == 1
-        self.block_types = self.first.config['block_types']
-        self.all_tp = not self.dense and set(self.block_types) == {'tp'}       # dense, up to rounding
+        self.tp_size, self.block_types = self.first.config['tp_size'], self.first.config['block_types']
+        self.variation = variation(self.first)
+        self.dense, self.all_tp = is_dense(self.first), is_all_tp(self.first)
         self.communications = self.first.info['communications']
         self.all_reduces = self.first.info['all_reduces']
         self.losses = {seed: run.loss for seed, run in self.runs.items()}
         self.loss = statistics.mean(self.losses.values())
-        self.name = self.first.info['name'].replace(f'-seed{self.first.config["seed"]}', '')
+
+    @property
+    def other_types(self):
+        """Its block types that are none of the guide's, sorted."""
+        return tuple(sorted(set(self.block_types) - GUIDE_TYPES))
+
+    @property
+    def plain(self):
+        """Whether it is made of the guide's blocks and has no variation."""
+        return not self.variation and not self.other_types
+
+    @property
+    def varied(self):
+        """Its variation in words, ', merge mean'; '' if it has none."""
+        return ''.join(f', {key} {value}' for key, value in self.variation.items())
+
+    @property
+    def blocks(self):
+        """Its blocks and variation in short form."""
+        return 'dense' if self.dense else pattern(self.block_types) + self.varied
 
     @property
     def label(self):
         """A few words for a plot."""
-        words = f'{self.communications}: {pattern(self.block_types)}, tp_size {self.tp_size}'
+        words = f'{self.communications}: {pattern(self.block_types)}, tp_size {self.tp_size}{self.varied}'
         return ('dense control' if self.dense else words) + self.note
 
     @property
     def title(self):
         """The same for a sentence."""
-        words = 'tp_size 1' if self.dense else f'tp_size {self.tp_size}'
-        return f'{"dense control" if self.dense else pattern(self.block_types)} ({words}{self.note})'
-
-    @property
-    def variant(self):
-        """Which of variants.py's block types it has: mean, attn; '' for none, blocks of model.py alone."""
-        prefixes = {name.partition('_')[0] for name in self.block_types}
-        return next((kind for kind in ('mean', 'attn') if kind in prefixes), '')
+        words = 'dense control' if self.dense else pattern(self.block_types)
+        return f'{words} (tp_size {self.tp_size}{self.varied}{self.note})'
 
     def values(self, measure):
-        """What measure(run) gives, as {seed: value}, for the seeds for which it is not None."""
+        """measure(run) by seed, without the seeds for which it is None."""
         values = {seed: measure(run) for seed, run in self.runs.items()}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def mean(self, measure):
-        """The mean of measure(run) over the seeds; None where no run has it."""
+        """The mean of measure(run) over the seeds; None if no run has it."""
         values = self.values(measure).values()
         return statistics.mean(values) if values else None
 
 
-def group(runs, level=None):
+def group(runs, level=None, predict=None):
     """
     Finished runs as rows: each dense control, then its configs with most communications first.
 
     level: the loss that convergence is timed to; None for the highest final loss of the runs that share their
-    settings, which all of them reach. Ends the program where one was run twice: averaging would count it
-    double, choosing would be a guess.
+    settings, which all of them reach. predict: a function of a run that returns the predicted seconds of its
+    step, or None. Ends the program if a run is there twice: an average would count it double, and a choice
+    would be a guess.
     """
-    rows, mixed = {}, differing(runs)
+    mixed, recipes = differing(runs), {}
     for run in sorted(runs, key=lambda run: run.config['seed']):
-        own, dense = settings(run), run.config['tp_size'] == 1
-        kind = 'dense' if dense else (tuple(run.config['block_types']), run.config['tp_size'])
-        note = ''.join(f', {key} {str(own[key])[:24]}' for key in mixed)
-        seeds = rows.setdefault((json.dumps(own, sort_keys=True), kind), (note, {}))[1]
+        kinds = recipes.setdefault(json.dumps(settings(run), sort_keys=True), {})
+        config = run.config['tp_size'], run.config['block_types'], variation(run)
+        seeds = kinds.setdefault('dense' if is_dense(run) else json.dumps(config), {})
         twin = seeds.setdefault(run.config['seed'], run)
         if twin is not run:
             fail(f'{twin.folder} and {run.folder} are one run twice, of seed {run.config["seed"]}: name one')
-    rows = {key: Row(by_seed, note) for key, (note, by_seed) in rows.items()}
-    highest = {}
-    for (own, _), row in rows.items():
-        row.control = rows.get((own, 'dense'))
-        highest[own] = max(highest.get(own, 0), *row.losses.values())
-    for (own, _), row in rows.items():
-        row.level = highest[own] if level is None else level
-        row.floor = rounding_floor([other for (there, _), other in rows.items()
-                                    if there == own and other.tp_size == row.tp_size])
-    names = Counter(row.name for row in rows.values())
-    for row in rows.values():
-        row.name += row.note if names[row.name] > 1 else ''
+    names = Counter(next(iter(seeds.values())).name for kinds in recipes.values() for seeds in kinds.values())
+    rows = [row for kinds in recipes.values() for row in make_rows(kinds, level, predict, mixed, names)]
     # sizes in their order: n_embd 64 before n_embd 128
-    return sorted(rows.values(), key=lambda row: (row.first.info['parameters'], row.note, not row.dense,
-                                                  -row.communications, row.tp_size, row.variant, row.name))
+    return sorted(rows, key=lambda row: (row.first.info['parameters'], row.note, not row.dense,
+                                         -row.communications, row.tp_size, row.varied, row.other_types,
+                                         row.name))
+
+
+def make_rows(kinds, level, predict, mixed, names):
+    """
+    The rows of the runs that share their settings. level, predict: as in group()
+
+    kinds: {'dense' or a config: {seed: run}}. mixed: the settings that differ between recipes, for the notes.
+    names: how many rows have a name; a name that is not unique gets the note.
+    """
+    dense = kinds.get('dense', {})
+    if level is None:
+        level = max(run.loss for seeds in kinds.values() for run in seeds.values())
+    floors = {}
+    for seeds in kinds.values():
+        first = next(iter(seeds.values()))
+        if is_all_tp(first):
+            floors[first.config['tp_size']] = rounding_floor(seeds, dense)
+    rows = []
+    for kind in sorted(kinds, key=lambda kind: kind != 'dense'):  # the control first: the others refer to it
+        first = next(iter(kinds[kind].values()))
+        note = ''.join(f', {key} {str(settings(first)[key])[:24]}' for key in mixed)
+        rows.append(Row(
+            kinds[kind], name=first.name + note * (names[first.name] > 1), level=level, note=note,
+            control=rows[0] if rows and dense else None, floor=floors.get(first.config['tp_size']),
+            seconds=predict(first) if predict else None))
+    return rows
 
 
 # the numbers
 
 
 def t_quantile(df):
-    """The 97.5% quantile of Student's t."""
-    from scipy.stats import t           # a second to import
+    """The 97.5% quantile of Student's t with df degrees of freedom."""
+    from scipy.stats import t  # takes most of a second to import, which --help need not wait for
     return float(t.ppf(0.975, df))
+
+
+def t_test(values):
+    """scipy's two-sided t-test that the mean of the values is 0."""
+    from scipy.stats import ttest_1samp
+    with warnings.catch_warnings():  # of equal values, such as the differences of equal networks
+        warnings.simplefilter('ignore', RuntimeWarning)
+        return ttest_1samp(values, 0)
 
 
 @dataclass
 class Estimate:
-    """A mean, half the width of its 95% interval (None where n is 1: one seed has no interval), and n."""
+    """A mean, half the width of its 95% interval (None for n = 1, which has no interval), and n."""
     mean: float
-    half: float
+    half: float | None
     n: int
 
     def __format__(self, digits):
-        """digits: those after the point, '4' where nothing is given"""
+        """digits: after the point, 4 by default"""
         form = f'+.{digits or 4}f'
         if self.half is None:
             return f'{self.mean:{form}} (one seed, no interval)'
@@ -309,27 +382,19 @@ class Estimate:
 
     @property
     def clear(self):
-        """Does the interval exclude 0."""
+        """Whether there is an interval, and it excludes 0."""
         return self.half is not None and abs(self.mean) > self.half
-
-    @property
-    def p(self):
-        """Of the two-sided t-test that the mean is 0; None where n is 1."""
-        from scipy.stats import t
-        if self.half is None:
-            return None
-        error = self.half / t_quantile(self.n - 1)
-        return 2 * float(t.sf(abs(self.mean) / error, self.n - 1)) if error else float(self.mean == 0)
 
 
 def estimate(values):
-    """Mean and 95% Student-t interval of a list of numbers, None of an empty one."""
+    """Mean and 95% Student-t interval of a list of numbers; None for an empty one."""
     if not values:
         return None
+    mean = statistics.mean(values)  # exact: the mean of equal values is that value, at a rounding floor too
     if len(values) == 1:
-        return Estimate(values[0], None, 1)
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(statistics.mean(values), half, len(values))
+        return Estimate(mean, None, 1)
+    interval = t_test(values).confidence_interval(0.95)
+    return Estimate(mean, float(interval.high - interval.low) / 2, len(values))
 
 
 def final_loss(run):
@@ -337,7 +402,7 @@ def final_loss(run):
 
 
 def paired(row, other, measure=final_loss):
-    """row minus other in measure(run), over the seeds that both have; None where they share none."""
+    """row minus other in measure(run), over the seeds that both have; None if they share none."""
     if other is None:
         return None
     own, theirs = row.values(measure), other.values(measure)
@@ -345,24 +410,23 @@ def paired(row, other, measure=final_loss):
 
 
 def to_dense(row, measure=final_loss):
-    """A row's paired difference to its dense control; None for the control itself and where there is none."""
+    """A row's paired difference to its dense control; None for the control itself and without one."""
     return None if row.dense else paired(row, row.control, measure)
 
 
-def rounding_floor(rows):
+def rounding_floor(all_tp, dense):
     """
-    The largest |all-tp minus dense| over the seeds: two equal functions, so only rounding sets them apart.
+    The largest |all-tp minus dense| over the seeds, given as {seed: run}; None if they share no seed.
 
-    None where there is no such pair. Not their mean: a difference must beat what rounding did to any seed.
+    The two networks are equal functions, so only rounding sets them apart. The largest, not the mean: a
+    difference must exceed what rounding did to any seed.
     """
-    gaps = [abs(loss - row.control.losses[seed])
-            for row in rows if row.all_tp and row.control
-            for seed, loss in row.losses.items() if seed in row.control.losses]
+    gaps = [abs(run.loss - dense[seed].loss) for seed, run in all_tp.items() if seed in dense]
     return max(gaps, default=None)
 
 
 def judge(difference, floor):
-    """What may be said of a difference, in a word: real only above the floor, with an interval without 0."""
+    """The verdict on a difference: real only above the floor, and if its interval excludes 0."""
     if difference is None:
         return 'no pair of runs'
     if floor is not None and abs(difference.mean) <= floor:
@@ -373,24 +437,24 @@ def judge(difference, floor):
 
 
 def verdict(difference, floor):
-    """A difference and what may be said of it."""
+    """A difference and the verdict on it."""
     return judge(None, floor) if difference is None else f'{difference}: {judge(difference, floor)}'
 
 
 def subject(runs):
-    """Which corpora, lengths and sizes the numbers belong to."""
-    def all_of(values):
+    """The corpora, lengths and sizes to which the numbers belong, in words."""
+    def distinct(values):
         return ' / '.join(dict.fromkeys(values))
 
     corpora = [run.info['corpus'] for run in runs]
     sizes = [run.info['parameters'] / 1e6 for run in runs]
-    told = [all_of(f'{corpus["corpus"]}, {TOKENS.get(corpus["tokenizer"], corpus["tokenizer"])} tokens'
-                   for corpus in corpora),
-            all_of(f'{run.config["max_iters"]:,}' for run in runs) + ' steps',
-            all_of(f'{size:.0f}M' if size >= 10 else f'{size:.2f}M' for size in sizes) + ' parameters']
-    return ', '.join(told)
+    return ', '.join([
+        distinct(f'{corpus["corpus"]}, {TOKENS.get(corpus["tokenizer"], corpus["tokenizer"])} tokens'
+                 for corpus in corpora),
+        distinct(f'{run.config["max_iters"]:,}' for run in runs) + ' steps',
+        distinct(f'{size:.0f}M' if size >= 10 else f'{size:.2f}M' for size in sizes) + ' parameters'])
 
 
 def simulated(rows):
-    """Was any config's communication simulated, so that no network shows in its tokens/s."""
-    return not all(row.first.config.get('shard') for row in rows if not row.dense)
+    """Whether any config's communication was simulated, so that its tokens/s show no network."""
+    return not all(row.first.config['shard'] for row in rows if not row.dense)
