@@ -32,7 +32,7 @@ from configurator import fail
 from data.corpus import TOKEN, Tokens, find_fault, open_folder
 from training.rundir import atomic_write, write_json
 
-# of token files, in bytes per byte of text: a little more than English needs
+# size of a token file per byte of text: about English's
 TOKEN_BYTES = dict(gpt2=0.5, byte=2.1)
 
 

@@ -385,7 +385,8 @@ C_LOCALE = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
 
 def test_openwebtext_reads_the_named_files_killed_and_begun_again(tmp_path):
     source = tmp_path / 'data [12]*.jsonl'  # as a pattern it would match the other one
-    source.write_text(''.join(json.dumps(dict(text=f'dócument {i} ' * 200)) + '\n' for i in range(1500)))
+    written = [f'dócument {i} ' * 200 for i in range(800)]
+    source.write_text(''.join(f'{{"text": "{one}"}}\n' for one in written), encoding='utf-8')
     (tmp_path / 'data 1.jsonl').write_text('{"text": "another"}\n' * 3)
     flags = ['--input', source, '--tokenizer=byte', '--workers=1']
     whole, torn = tmp_path / 'whole', tmp_path / 'torn'
@@ -393,17 +394,17 @@ def test_openwebtext_reads_the_named_files_killed_and_begun_again(tmp_path):
     assert done.returncode == 0, done.stderr
     script = [sys.executable, ROOT / 'data/openwebtext/prepare.py', *flags, f'--out={torn}']
     process = subprocess.Popen(script, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(torn.glob('parts/*.bin'))) < 10:
+    while process.poll() is None and len(list(torn.glob('parts/*.bin'))) < 5:
         pass
     process.kill()
     assert process.wait() == -9 and not (torn / 'meta.json').exists()
     assert run_script('openwebtext', *flags, f'--out={torn}').returncode == 0
-    documents = 0
+    documents = []
     for name in ('train.bin', 'val.bin'):
         assert (whole / name).read_bytes() == (torn / name).read_bytes()
         found = load_tokenizer(dict(tokenizer='byte')).decode(np.fromfile(torn / name, TOKEN).tolist())
-        documents += sum(one == f'{one[:one.find(" ", 9) + 1]}' * 200 for one in found.split(EOT)[:-1])
-    assert documents == 1500
+        documents += found.split(EOT)[:-1]
+    assert sorted(documents) == sorted(written)
 
 
 def test_fineweb_shards_from_a_folder_are_read_across_their_border(tmp_path):
@@ -451,7 +452,7 @@ def as_tokens(documents):
     return [token for one in documents for token in [*one.encode(), 256]]
 
 
-def whole(tokens):
+def read_all(tokens):
     return tokens.read(0, len(tokens)).tolist()
 
 
@@ -470,7 +471,7 @@ def test_documents_are_split_by_their_hash_in_order_whatever_the_file_the_worker
     path = write_lines(Path(f'docs{suffix}'), DOCS, opener)
     corpus = prepare('--input', path, '--val_share=0.25', workers=workers)
     assert 5 < len(VAL) < 30
-    assert whole(corpus.train) == as_tokens(TRAIN) and whole(corpus.val) == as_tokens(VAL)
+    assert read_all(corpus.train) == as_tokens(TRAIN) and read_all(corpus.val) == as_tokens(VAL)
     assert corpus.meta['documents'] == dict(train=len(TRAIN), val=len(VAL))
     digest = hashlib.sha256(path.read_bytes()).digest()
     assert corpus.meta['source'] == dict(files=1, sha256=hashlib.sha256(digest).hexdigest())
@@ -486,11 +487,9 @@ def test_a_folders_files_are_documents_in_the_order_of_their_names_and_names_are
     (folder / 'b/picture.png').write_bytes(b'\xff')
     write_lines(folder / 'c[1].jsonl', DOCS[-20:-10])
     write_lines(Path('d[1].jsonl'), DOCS[-10:])
-    for decoy in (folder / 'b/000 1x.TXT', Path('d1.jsonl')):
-        decoy.with_suffix('.decoy').write_text('not this')
-    Path('d1.jsonl').write_text('{"text": "another"}\n')
+    Path('d1.jsonl').write_text('{"text": "another"}\n')  # d[1].jsonl would match it as a pattern
     corpus = prepare('--input', folder, 'd[1].jsonl', '--val_share=0.25', workers=2)
-    assert whole(corpus.train) == as_tokens(TRAIN) and whole(corpus.val) == as_tokens(VAL)
+    assert read_all(corpus.train) == as_tokens(TRAIN) and read_all(corpus.val) == as_tokens(VAL)
 
 
 @pytest.mark.parametrize('name', ['one.txt', 'one.jsonl'])
@@ -499,7 +498,7 @@ def test_the_end_of_a_single_document_is_for_validation(prepare, name):
     Path('one.txt').write_text(words)
     write_lines(Path('one.jsonl'), [words])
     corpus = prepare('--input', name, '--val_share=0.1')
-    assert whole(corpus.train) + whole(corpus.val) == as_tokens([words])
+    assert read_all(corpus.train) + read_all(corpus.val) == as_tokens([words])
     assert len(corpus.val) == round(0.1 * (len(words) + 1))
 
 
@@ -556,7 +555,7 @@ def test_finished_parts_are_not_made_again_and_jobs_are_not_read_far_ahead(tmp_p
 
 
 def test_own_text_killed_and_begun_again_gives_equal_files(tmp_path):
-    path = write_lines(tmp_path / 'docs.jsonl', [one * 100 for one in DOCS * 10])
+    path = write_lines(tmp_path / 'docs.jsonl', [one * 20 for one in DOCS * 10])
     program = 'from data.text import prepare; prepare.PART = 5000; prepare.run_script(prepare.main)'
     flags = ['--input', path, '--tokenizer=byte', '--val_share=0.25', '--workers=2']
 
@@ -566,7 +565,7 @@ def test_own_text_killed_and_begun_again_gives_equal_files(tmp_path):
 
     assert start('whole').wait() == 0
     process, torn = start('torn'), tmp_path / 'torn'
-    while process.poll() is None and len(list(torn.glob('parts/train-*.bin'))) < 20:
+    while process.poll() is None and len(list(torn.glob('parts/train-*.bin'))) < 10:
         pass
     process.kill()
     assert process.wait() == -9 and not (torn / 'meta.json').exists()
@@ -590,7 +589,7 @@ def test_text_is_utf8_in_every_locale(tmp_path):
     corpus = open_corpus('ö', tmp_path)
     assert corpus.meta['dataset'] == 'ö'
     decode = load_tokenizer(corpus.meta).decode
-    documents = (decode(whole(corpus.train)) + decode(whole(corpus.val))).split(EOT)
+    documents = (decode(read_all(corpus.train)) + decode(read_all(corpus.val))).split(EOT)
     assert sorted(documents) == sorted(['', words, 'naïve', *DOCS])
 
 
@@ -624,7 +623,7 @@ REFUSED_TEXT = {
 @pytest.mark.parametrize('name, make, complaint', REFUSED_TEXT.values(), ids=REFUSED_TEXT)
 def test_unfit_text_is_refused_in_one_line(prepare, name, make, complaint):
     make(Path(name))
-    with pytest.raises((ValueError, OSError), match='.') as refusal:
+    with pytest.raises(ValueError) as refusal:
         prepare('--input', name)
     assert complaint in str(refusal.value) and '\n' not in str(refusal.value)
     assert not Path('own/meta.json').exists()
@@ -662,7 +661,7 @@ def test_nanogpts_files_are_adopted_by_the_command_that_the_refusal_names(prepar
     assert str(refusal.value).endswith(f"meta.json is missing: adopt nanoGPT's files with {command}")
     assert run_script('text', command.split()[-1]).returncode == 0
     corpus = open_corpus('theirs', tmp_path)
-    assert whole(corpus.train) == list(range(500)) and whole(corpus.val) == list(range(50))
+    assert read_all(corpus.train) == list(range(500)) and read_all(corpus.val) == list(range(50))
     assert corpus.meta['splits']['train']['max_token'] == 499 and corpus.vocab_size == 50257
     with pytest.raises(ValueError, match='theirs has a meta.json'):
         prepare(f'--adopt={folder}', out=None)

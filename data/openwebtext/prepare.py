@@ -142,7 +142,7 @@ def main():
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what matters of it becomes a line of our own
-    encoding, source = load_encoding(args.tokenizer), find_source(args)
+    source, encoding = find_source(args), load_encoding(args.tokenizer)
     meta = dict(dataset='openwebtext', corpus='documents of --input' if args.input else 'OpenWebText',
                 source=source, tokenizer=args.tokenizer, vocab_size=encoding.n_vocab)
     if prepared_already(args.out, meta):
