@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import DATA_DIR, PICKLE, VOCAB_SIZES, load_encoding
+from data.corpus import DATA_DIR, PICKLE, TOKEN, VOCAB_SIZES, load_encoding
 from data.preparing import (
     TOKEN_BYTES,
     Job,
@@ -235,6 +235,13 @@ def tokenize_part(encoding, val_share, path, pieces):
             file.writelines(arrays[split])
 
 
+def between(paths, begin, end):
+    """The tokens begin to end - 1 of parts, one array at a time."""
+    for tokens in read_parts(paths):
+        yield tokens[max(0, begin):max(0, end)]
+        begin, end = begin - len(tokens), end - len(tokens)
+
+
 def join(paths, counts, args):
     """
     The tokens of the splits, dict(train=arrays, val=arrays). Raises ValueError if one would have no document.
@@ -244,11 +251,12 @@ def join(paths, counts, args):
     if sum(counts.values()) == 0:
         raise ValueError(f'{", ".join(map(str, args.input))} has no text')
     if sum(counts.values()) == 1:
-        whole = np.concatenate(list(read_parts(paths['train'] + paths['val'])))
-        cut = len(whole) - max(2, round(len(whole) * args.val_share))
+        parts = paths['train'] + paths['val']
+        total = sum(path.stat().st_size for path in parts) // TOKEN.itemsize
+        cut = total - max(2, round(total * args.val_share))
         if cut < 2:
-            raise ValueError(f'the only document has {len(whole)} tokens, too few for train and val')
-        return dict(train=[whole[:cut]], val=[whole[cut:]])
+            raise ValueError(f'the only document has {total} tokens, too few for train and val')
+        return dict(train=between(parts, 0, cut), val=between(parts, cut, total))
     for split, other, better in ('train', 'val', 'smaller'), ('val', 'train', 'larger'):
         if counts[split] == 0:
             raise ValueError(f'--val_share is {args.val_share}, it must be {better}: all {counts[other]} '
