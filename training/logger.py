@@ -160,7 +160,7 @@ class Log:
             try:
                 trouble = '' if 'WANDB_MODE' in os.environ or wandb.login(prompt=False) else 'has no key here'
                 self.wandb = wandb.init(**settings, mode='offline' if trouble else None)
-            except (wandb.Error, OSError) as error:
+            except Exception as error:  # no network, a key that is refused, a service that does not start
                 trouble = f'cannot be reached ({type(error).__name__})'
                 self.wandb = wandb.init(**settings, mode='offline')
             if trouble:
