@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import configurator
 import train
-from model import Block
+from model import Block, TPGroup
 from toy_runs import (
     DROPOUT,
     TINY,
@@ -186,18 +186,30 @@ def test_a_run_with_an_unused_parameter_is_resumed_to_the_bit(gptj, tmp_path, mo
     assert info(tmp_path / 'a')['communications'] == 4
 
 
-def test_data_parallel_training_does_not_wait_for_an_unused_parameter(gptj, tmp_path):
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_data_parallel_training_does_not_wait_for_an_unused_parameter(gptj, group):
     (net, config, world), (other, *_) = toy(['gptj', 'spd']), toy(['gptj', 'spd'])
     train.observe_all_reduces(net.raw_model)
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
-    try:
-        net.wrap(3, config, world._replace(ddp_group=dist.group.WORLD), print)
-        for seed in range(3):
-            results = [train.train_step(one, micro_batches(seed), 1e-3, config, world)
-                       for one in (net, other)]
-            assert results[0] == pytest.approx(results[1], rel=1e-6)
-    finally:
-        dist.destroy_process_group()
+    net.wrap(3, config, world._replace(ddp_group=group), print)
+    for seed in range(3):
+        results = [train.train_step(one, micro_batches(seed), 1e-3, config, world) for one in (net, other)]
+        assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_a_sharded_process_trains_without_an_unused_parameter(gptj, group):
+    dense, config, world = toy(['gptj', 'spd'])
+    sharded = train.Network(dense.raw_model.shard(TPGroup(2, rank=0, group=group)), config)
+    loss, norm, _ = train.train_step(sharded, micro_batches(1), 1e-3, config, world)
+    assert math.isfinite(loss) and math.isfinite(norm)
+    unused = sharded.raw_model.transformer.h[0].ln_2.weight
+    assert torch.equal(unused, torch.ones_like(unused)) and unused not in sharded.optimizer.state
 
 
 # the learning rate
