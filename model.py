@@ -6,16 +6,16 @@ GPT-2 under tensor parallelism, with a choice per layer of when the ranks sync.
     _, loss = model(idx, targets)  # targets (B, T), -1 is ignored
 
 Parameters have dense GPT-2's names and shapes for every block_types and tp_size. A process either *simulates*
-all R ranks (L = R, no communication, same loss up to rounding) or *holds* one of them (L = 1): its heads'
+all tensor-parallel ranks (no communication, the same loss up to rounding) or *holds* one of them: its heads'
 rows of q, k and v, its rows of c_fc, its columns of each c_proj.
 
-Shapes      B batch, T sequence, C n_embd, H n_head, hd C/H, V vocab_size, R tp_size
-            L ranks in this process, N = B*T tokens
+Shapes      B batch, T sequence, C n_embd, H n_head, hd C/H, V vocab_size, N = B*T tokens
+            R tp_size, L ranks in this process: R if it simulates, 1 if it holds one
             D features of a sublayer per rank: C/R in attention, 4C/R in the MLP
             parts matrices stacked in one weight: 3 in c_attn (q, k, v), else 1
-Tensors     replicated  the same on every rank                (B, T, C)
-            partial     one rank's addend of a sum            (B, T, C)
-            drifted     each rank's own                       (L, B, T, C)
+Tensors     replicated  the same on every rank                             (B, T, C)
+            partial     an addend of a sum over ranks: this process's      (B, T, C)
+            drifted     each rank's own                                    (L, B, T, C)
 Stream      c    residual stream, replicated
             d_r  what rank r has added since the last sync, drifted
             u_r  = c + d_r, what rank r reads: replicated after a sync, then drifted
@@ -149,10 +149,10 @@ class ScaleGrad(torch.autograd.Function):
 
 def enter_stream(p, tp):
     """
-    Use a replicated parameter in c.
+    p, a replicated parameter or computed from some, as it is used in c.
 
-    Its gradient there is already complete on every process, while what reaches it through u is one rank's
-    part. Scaling the first by 1/processes lets sum_replicated_gradients() add up both kinds.
+    The gradient that it gets through c is whole on every process. One that a rank uses on its own, reading u,
+    gets that rank's part. sum_replicated_gradients() sums both, so the whole one is divided by R here.
     """
     return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
@@ -248,8 +248,7 @@ class Stream(NamedTuple):
 
     Between two syncs, one all-reduce forward (in the closing sync) and one backward (in the opening f_op).
     u = f_op(c) feeds the sublayers; c bypasses f_op as the skip path. P_r is added both to u, which later
-    sublayers read, and to d_sum, which the sync sends. (u = c + d_r recomputed per reader would keep one
-    gradient buffer per reader.)
+    sublayers read, and to d_sum, which the sync sends.
     """
     c: torch.Tensor  # replicated (B, T, C)
     u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
@@ -263,7 +262,8 @@ class Stream(NamedTuple):
         c, u, d_sum = self.c, self.u, self.d_sum
         for product in products:
             bias, P = product.bias(), product.per_rank().to(c.dtype)  # P drifted
-            # the bias, being replicated, goes to c. whole gradient in c, partial in u: so scaled in c only
+            # the bias is part of c, and so of u = c + d_r; u is updated, for c + d_r would keep a gradient
+            # buffer for every reader
             c = add_optional(c, enter_stream(bias, self.tp))
             u = add_optional(u + P, bias)
             d_sum = add_optional(P.sum(0), d_sum)
@@ -317,10 +317,11 @@ class CausalSelfAttention(nn.Module):
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)  # (B or L*B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        held = self.n_head // self.tp.slices  # heads in this process, of all its ranks
-        B = batch * heads // held
-        mask = dropout_mask((B, self.n_head, T, T), self.dropout, q).split(held, dim=1)[self.tp.rank or 0]
-        mask = mask.view(B, batch // B, heads, T, T).transpose(0, 1).reshape(batch, heads, T, T)
+        held = self.n_head // self.tp.slices  # all heads of this process: H if it simulates, else H/R
+        apart = held // heads  # L if its ranks have drifted, and lie in the batch; else 1
+        shape = batch // apart, self.n_head, T, T
+        mask = dropout_mask(shape, self.dropout, q).split(held, dim=1)[self.tp.rank or 0]  # (B, held, T, T)
+        mask = mask.unflatten(1, (apart, heads)).transpose(0, 1).reshape(batch, heads, T, T)
         return (weights * mask.to(v.dtype)) @ v
 
 
@@ -461,8 +462,8 @@ def vocab_parallel_cross_entropy(x, weight, targets, tp):
     here = (targets >= low) & (targets < high)
     target = logits.gather(-1, (targets - low).clamp(0, high - low - 1)[:, None]).squeeze(-1) * here
     total, target = g_op(torch.stack((logits.exp().sum(-1), target)), tp, counted=False)  # replicated (N,)
-    counted = targets != -1
-    return ((total.log() - target) * counted).sum() / counted.sum()
+    valid = targets != -1
+    return ((total.log() - target) * valid).sum() / valid.sum()
 
 
 class GPT(nn.Module):
@@ -519,6 +520,7 @@ class GPT(nn.Module):
         weight, bias = enter_stream(ln_f.weight, self.tp), enter_stream(ln_f.bias, self.tp)
         x = F.layer_norm(stream.c, ln_f.normalized_shape, weight, bias, ln_f.eps)  # replicated (B, T, C)
         if targets is None:
+            # all rows, so a whole gradient; a sharded loss reads this rank's rows only, a part of it
             return F.linear(x, enter_stream(self.lm_head.weight, self.tp)), None
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if self.tp.simulated:
@@ -530,7 +532,7 @@ class GPT(nn.Module):
         sharded = GPT(self.config, tp)
         sharded.load_dense(self.state_dict())
         for p, mine in zip(self.parameters(), sharded.parameters(), strict=True):
-            mine.requires_grad_(p.requires_grad)
+            mine.requires_grad_(p.requires_grad)  # one that no block uses may be frozen
         return sharded
 
     def sum_replicated_gradients(self):

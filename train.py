@@ -50,7 +50,7 @@ def open_data(config, world):
     with config.refusing():
         corpus = open_corpus(config.dataset)
         model_config = gpt_config(vars(config), model_vocab_size(corpus.vocab_size))
-        windows = config.batch_size * config.gradient_accumulation_steps
+        windows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
         loader = TrainLoader(corpus.train, config.block_size, windows, config.seed, world.ddp_rank,
                              world.ddp_size, config.batch_size, world.device)
     return corpus, loader, model_config
@@ -65,14 +65,19 @@ def facts(config, corpus):
 
 
 def build_model(config, model_config, world):
-    """(the GPT of this process, the AllReduces of a pass). A seed gives one network, whatever the blocks."""
+    """
+    (the GPT of this process, the whole network's size and all-reduces, for run.json).
+
+    A seed gives one network, whatever the blocks.
+    """
     torch.manual_seed(config.seed)  # on the CPU: the same weights on every device
     dense = GPT(model_config)
     if config.perturb:
         perturb_weights(dense, config.perturb, config.seed)
-    observed = observe_all_reduces(dense)
+    size = dict(all_reduces=vars(observe_all_reduces(dense)), parameters=dense.num_params(),
+                flops_per_token=dense.flops_per_token())
     model = dense if world.tp is None else dense.shard(world.tp)
-    return model.to(world.device), observed
+    return model.to(world.device), size
 
 
 @torch.no_grad()
@@ -87,7 +92,8 @@ def observe_all_reduces(model):
     """
     The AllReduces of one eager pass over one token.
 
-    A parameter that gets no gradient in it, because no block uses it, is frozen: DDP would wait for one.
+    A parameter without a gradient after this pass is one that no block uses. It is frozen, because DDP would
+    wait for its gradient.
     """
     idx = torch.zeros(1, 1, dtype=torch.long)
     with count_all_reduces() as observed:
@@ -130,13 +136,13 @@ def compiled(model, micro_batch, config, world, say):
     tokens = torch.randint(model.config.vocab_size, (2, micro_batch, config.block_size),
                            generator=torch.Generator().manual_seed(0)).to(world.device)
     compiled_model, reason = torch.compile(model), None
-    model.train(not config.dropout)  # compiled code draws other dropout masks
+    model.train(not config.dropout)  # compiled code draws other dropout masks: compared without
     try:
         eager = loss_and_norm(model, model, *tokens, 1, config, world)  # by single windows, to save memory
         found = loss_and_norm(model, compiled_model, *tokens, micro_batch, config, world)
         if not torch.allclose(found, eager, rtol=1e-3 if config.dtype == 'float32' else 0.1):
             reason = f'loss and gradient norm are {found.tolist()}, {eager.tolist()} eagerly'
-        if config.dropout:
+        if config.dropout:  # does it compile for training at all
             loss_and_norm(model.train(), compiled_model, *tokens, micro_batch, config, world)
     except torch.OutOfMemoryError:
         raise
@@ -166,14 +172,13 @@ def loss_and_norm(model, candidate, x, y, windows, config, world):
     return torch.stack((total, norm))
 
 
-def describe(config, corpus, model, observed, world):
+def describe(config, corpus, size, world):
     """run.json from a run's start on: what it is, and what made it."""
     return dict(
         name=config.wandb_run_name, state='running', iter=0, config=vars(config),
         corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
                     **{key: corpus.meta[key] for key in ('corpus', 'tokenizer', 'vocab_size')}),
-        communications=communications(config.block_types, config.tp_size),
-        all_reduces=vars(observed), parameters=model.num_params(), flops_per_token=model.flops_per_token(),
+        communications=communications(config.block_types, config.tp_size), **size,
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
         processes=world.processes, device=world.device_name, git_commit=git_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
@@ -211,7 +216,7 @@ def train_step(net, batches, lr, config, world, stopping=False):
                 micro_loss = net.ddp_model(x, y)[1] / len(batches)
             net.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
-    net.scaler.unscale_(net.optimizer)
+    net.scaler.unscale_(net.optimizer)  # scales for float16 alone, which find_world() refuses if sharded
     net.raw_model.sum_replicated_gradients()
     norm = net.raw_model.gradient_norm()
     if config.grad_clip:
@@ -243,7 +248,8 @@ def evaluate(model, tokens, at_most, config, world):
     exact = torch.float32 if world.device.type == 'mps' else torch.float64
     sums = all_reduce_sum(torch.tensor([summed, count], dtype=exact, device=world.device), world)
     summed, count = sums.tolist()
-    return summed / count, int(count) // world.tp_processes  # the ranks of a group read the same
+    # the processes of a tensor-parallel group read the same windows: in the mean that cancels
+    return summed / count, int(count) // world.tp_processes
 
 
 def evaluate_extras(net, corpus, config, world):
@@ -252,7 +258,7 @@ def evaluate_extras(net, corpus, config, world):
     if config.eval_train_tokens:
         extras['fixed_train_loss'], extras['fixed_train_tokens'] = evaluate(
             net.model, corpus.train, config.eval_train_tokens, config, world)
-    if config.log_drift and world.rank0:
+    if config.log_drift and world.rank0:  # never sharded: find_world() refuses that
         x = next(val_batches(corpus.val, config.block_size, config.batch_size, config.eval_tokens,
                              0, 1, world.device))[0]
         extras['drift'], extras['drift_cosine'] = measure_drift(net.raw_model, x)
@@ -299,11 +305,12 @@ def evaluation_is_due(state, config):
     return regular and state.evaluated != state.iter
 
 
-def save_is_due(state, evaluated, config):
-    """Whether a checkpoint is due at this step, were it neither the best nor the last."""
+def save_is_due(state, evaluated, best, saved_step, config):
+    """At each checkpoint_interval or evaluation, at the best and the end; not again if it is saved already."""
+    regular = evaluated and config.always_save_checkpoint
     if config.checkpoint_interval:
-        return state.iter % config.checkpoint_interval == 0
-    return evaluated and config.always_save_checkpoint
+        regular = state.iter % config.checkpoint_interval == 0
+    return (regular or best or state.iter == config.max_iters) and (evaluated or saved_step != state.iter)
 
 
 def main(argv):
@@ -315,23 +322,22 @@ def main(argv):
             require_agreement(facts(config, corpus), world)
             if not config.eval_only and (result := on_rank0(lambda: claim(config), world)):
                 return world.say(result)  # finished already
-            raw_model, observed = build_model(config, model_config, world)
+            raw_model, size = build_model(config, model_config, world)
             net = Network(raw_model, config)
-            state, saved, messages = resume(net, config, corpus, world)
+            state, saved_step, messages = resume(net, config, corpus, world)
         if config.eval_only:
             loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
             words = f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}'
             return world.say(*messages, words)
-        info = describe(config, corpus, raw_model, observed, world)
+        info = describe(config, corpus, size, world)
         catch_signals()
         log = Log(config, world, info, state)
-        with Writer(net, state, info, log, config, corpus, world, saved) as writer:
+        with Writer(net, state, info, log, config, corpus, world, saved_step) as writer:
             log.say(*introduction(info), *messages)
             net.wrap(loader.micro_batch, config, world, log.say)
             stopping, bad_steps = False, 0
             while not stopping:
-                last, best = state.iter == config.max_iters, False
-                evaluating = evaluation_is_due(state, config)
+                evaluating, best = evaluation_is_due(state, config), False
                 if evaluating:
                     began = time.perf_counter()
                     loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
@@ -341,10 +347,9 @@ def main(argv):
                     best = loss < state.best_val_loss  # never if the loss is not a number
                     state.best_val_loss = loss if best else state.best_val_loss
                     log.evaluation(state, tokens, best, extras)
-                if (save_is_due(state, evaluating, config) or best or last) \
-                        and (evaluating or writer.saved != state.iter):
+                if save_is_due(state, evaluating, best, writer.saved_step, config):
                     writer.save(best)
-                if last:
+                if state.iter == config.max_iters:
                     break
 
                 began, lr = time.perf_counter(), learning_rate(state.iter, config)
@@ -363,7 +368,7 @@ def main(argv):
                     warn_nonfinite(bad_steps, loss, norm, lr, state, net.scaler.is_enabled(), config, log)
             if stopping:
                 writer.save()
-            finished = writer.finish()
+            finished = writer.finish()  # False if stopped before the last evaluation, or not saved
         log.close(0 if finished else RESUMABLE)
     sys.exit(0 if finished else RESUMABLE)
 

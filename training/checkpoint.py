@@ -230,10 +230,10 @@ class Writer:
             finished = writer.finish()  # it says finished, or resumable
     """
 
-    def __init__(self, net, state, info, log, config, corpus, world, saved=None):
-        """saved: the step of the ckpt.pt that is there already"""
+    def __init__(self, net, state, info, log, config, corpus, world, saved_step=None):
+        """saved_step: that of the ckpt.pt that is there already"""
         self.net, self.state, self.info, self.log = net, state, info, log
-        self.config, self.corpus, self.world, self.saved = config, corpus, world, saved
+        self.config, self.corpus, self.world, self.saved_step = config, corpus, world, saved_step
         self.thread, self.pending = ThreadPoolExecutor(1), None
 
     def __enter__(self):
@@ -263,7 +263,7 @@ class Writer:
         try:
             self.log.flush()  # the lines that a checkpoint counts on are on the disk before it
             save(self.config.out_dir, saved, best, self.config.keep_checkpoints)
-            self.saved = saved['iter']
+            self.saved_step = saved['iter']
         except (OSError, RuntimeError) as error:
             while not isinstance(error, OSError) and error.__context__:
                 error = error.__context__  # torch.save hides an OSError in a RuntimeError of its own
@@ -278,7 +278,7 @@ class Writer:
     def finish(self):
         """Write run.json for the end of the run. True if all of it is done and saved. Collective."""
         self.wait()
-        done = self.saved == self.state.iter and self.state.evaluated == self.config.max_iters
+        done = self.saved_step == self.state.iter and self.state.evaluated == self.config.max_iters
         # all leave together: torchrun terminates the others once one has left
         finished = broadcast(done, self.world)
         self.note('finished' if finished else 'resumable')

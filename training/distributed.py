@@ -182,7 +182,8 @@ def connect(config, world):
     except (RuntimeError, ValueError) as error:
         address = ' '.join(f'{name}={os.environ[name]}' for name in ('MASTER_ADDR', 'MASTER_PORT'))
         seconds = time.monotonic() - began
-        sys.exit(f'error: process {world.process} of {world.processes} could not join the others at {address} '
+        whose = f'process {world.process} of {world.processes}'
+        sys.exit(f'error: {whose} could not join the others at {address} '
                  f'in {seconds:.0f} seconds: {str(error).partition(chr(10))[0]}')
     mesh = DeviceMesh(world.device.type, torch.tensor(world.layout), mesh_dim_names=('ddp', 'tp'))
     if world.tp_processes > 1:
