@@ -306,7 +306,7 @@ def evaluation_is_due(state, config):
 
 
 def save_is_due(state, evaluated, best, saved_step, config):
-    """At each checkpoint_interval or evaluation, at the best and the end; not again if it is saved already."""
+    """At each checkpoint_interval or evaluation, the best and the end; not again if it is saved already."""
     regular = evaluated and config.always_save_checkpoint
     if config.checkpoint_interval:
         regular = state.iter % config.checkpoint_interval == 0
