@@ -3,17 +3,22 @@ Train several runs, one after another or a few at a time, always with the dense 
 
     python sweep.py --with config/cpu.py                                  # the experiment's eight configs
     python sweep.py config/train_gpt2_*comm.py --with config/cpu.py --seed=1,2,3 --tp_size=2,4 --jobs 2
+    python sweep.py --max_iters=20000 --seed=1,2,3 --dry_run --gpus=8 --gpu=H100          # what it would take
 
 Every --key=value goes on to train.py. Values separated by commas make a grid, each with each value of the
 other keys (block_types contains commas, so it takes one value). The dense control has one rank, so --tp_size,
 --block_types and --merge do not apply to it: it is trained once for each combination of the other keys. A
-run's folder is named after the run and the keys given to the sweep. Keys that do not change what a run
-computes (--device and the like) are left out of the name unless they have several values:
+run's folder is named after the run and the keys that have several values; --out keeps sweeps apart:
 
-    out/gpt2-124M-12comm-cpu-seed2-tp4
+    out/gpt2-124M-12comm-seed2-tp4
 
-The time left is estimated from the speed of runs of the same size: those that are training, and those already
-in their folders. Until one of them has made steps, it is unknown.
+A folder under --out that holds a run with the same config already, whatever its name, is that run: what
+train.py began by itself is continued there.
+
+--dry_run starts nothing. It shows how each run stands, the commands that train them, the time left and the
+disk they take. From a second terminal, the command of a running sweep and --dry_run show how far it is. The
+time is estimated from the speed of runs of the same size: those that are training, and those already in their
+folders. Until one of them has made steps, it is unknown, unless --gpu names GPUs whose peak is known.
 
 The same command continues a sweep that was stopped or killed: finished runs are skipped, unfinished and
 failed ones continue from their last checkpoint, and runs that another process is training are left to it.
@@ -24,27 +29,27 @@ share of the GPUs and cores; if there are more jobs than GPUs, several jobs trai
 
 import argparse
 import ctypes
+import hashlib
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 from configurator import (
-    HOUSEKEEPING,
     ROOT,
     RUNS,
     VARIED,
     Config,
+    begin_program,
     differences,
     fail,
     load,
@@ -52,15 +57,15 @@ from configurator import (
     recipe,
     told,
 )
+from speed.forecast import Forecast, checkpoint_bytes, describe_seeds, disk_left, duration, peak_of
 from training import rundir
 
 OWN = {'out_dir', 'wandb_run_name', 'init_from'}  # keys that the sweep sets
 NOT_DENSE = VARIED - {'seed'}  # keys without a meaning for the dense control
 SHORT = {'seed': 'seed', 'tp_size': 'tp'}  # these go without '=' in a folder's name
-# what a step's time depends on most
-SIZE = ('dataset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
-        'dropout', 'bias', 'device', 'dtype', 'compile', 'shard')
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # they end a sweep, its runs saved
+PERTURB = 0.001  # of the dense twin that shows the noise floor
+LONGEST = 200  # bytes in a run's name; file systems allow 255
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # they end a sweep, runs saved
 
 libc = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal to get when the parent dies
@@ -73,6 +78,7 @@ class Run:
     """One run of the plan: train.py's arguments, and the config that they give."""
     args: list
     config: Config
+    dense: bool  # whether it is a dense control
 
     @property
     def name(self):
@@ -83,8 +89,20 @@ class Run:
         return Path(self.config.out_dir)
 
     @property
+    def last_line(self):
+        """The last line of its metrics, {} before there is one."""
+        try:
+            return rundir.last_metrics(self.out_dir)
+        except (OSError, ValueError):  # only shown: whoever needs the metrics refuses a damaged file
+            return {}
+
+    @property
+    def step(self):
+        return self.last_line.get('iter', 0)
+
+    @property
     def steps_left(self):
-        return self.config.max_iters - rundir.last_metrics(self.out_dir).get('iter', 0)
+        return self.config.max_iters - self.step
 
 
 def parse_grid(flags):
@@ -110,16 +128,27 @@ def tag(key, value):
     return SHORT.get(key, f'{key}=') + re.sub(r'[^\w.+-]+', '_', text).strip('_')
 
 
+def fit(name, end=''):
+    """A name and its end, as long as a folder's may be: what is cut is replaced by a short hash."""
+    whole = os.fsencode(name + end)
+    if len(whole) <= LONGEST:
+        return name + end
+    end = f'-{hashlib.sha256(whole).hexdigest()[:8]}{end}'
+    return os.fsencode(name)[:LONGEST - len(end)].decode(errors='ignore') + end
+
+
 def find_controls(files):
     """
-    The dense controls of run configs: files with tp_size 1 and the same recipe, among these or in config/.
+    The dense controls of run configs: files with one rank, all layers tp and the same recipe, among these or
+    in config/.
 
     Ends the program if a config has none.
     """
     dense = {}
     for file in [*files, *(os.path.relpath(path) for path in sorted(ROOT.glob('config/train_*.py')))]:
         config = vars(load([file]))
-        if config['tp_size'] == 1:
+        varied = config['perturb'] or config['embed_scale'] != 1 or set(config['block_types']) != {'tp'}
+        if config['tp_size'] == 1 and not varied:
             dense.setdefault(json.dumps(recipe(config)), file)
     controls = [dense.get(json.dumps(recipe(vars(load([file]))))) for file in files]
     if None in controls:
@@ -128,32 +157,82 @@ def find_controls(files):
     return list(dict.fromkeys(controls))
 
 
-def plan(files, withs, grid, out):
+def plan(files, withs, grid, out, floor=False):
     """
     The runs of a sweep, in order: all runs of a seed together, so that half a sweep has whole seeds.
 
     files: run configs, to which their dense controls are added. withs: config files composed after each.
-    grid: from parse_grid. out: the folder that gets the run folders. Ends the program if two runs would share
-    a folder.
+    grid: from parse_grid. out: the folder that gets the run folders. floor: whether each control gets a
+    perturbed twin. Ends the program if two runs would share a folder.
     """
-    controls = find_controls(files)
-    runs = {}
+    controls, runs = find_controls(files), {}
+    varied = {key for key, values in grid.items() if len(values) > 1}
+
+    def add(args, keys, end='', dense=False):
+        config = load(args)
+        # the name of a file speaks of its blocks, which a flag has changed
+        tags = [tag(key, getattr(config, key)) for key in sorted(keys) if key in varied | {'block_types'}]
+        name = fit('-'.join([config.wandb_run_name, *tags]), end)
+        args = [*args, f'--wandb_run_name={name}', f'--out_dir={out / name}']
+        twin = runs.setdefault(name, Run(args, load(args), dense))
+        if twin.args != args:
+            fail(f'{shlex.join(twin.args[:-2])} and {shlex.join(args[:-2])} would share {out / name}')
+
     for values in product(*grid.values()):
+        given = dict(zip(grid, values))
+        plain = {key: value for key, value in given.items() if key not in NOT_DENSE}
         for file in dict.fromkeys(controls + files):
-            given = dict(zip(grid, values))
-            if file in controls:
-                given = {key: value for key, value in given.items() if key not in NOT_DENSE}
-            args = [file, *withs, *(f'--{key}={value}' for key, value in given.items())]
-            args += ['--tp_size=1'] * (file in controls)  # a file composed after it may say otherwise
-            config = load(args)
-            tags = [tag(key, getattr(config, key)) for key in sorted(given)
-                    if key not in HOUSEKEEPING or len(grid[key]) > 1]
-            name = '-'.join([config.wandb_run_name, *tags])
-            args += [f'--wandb_run_name={name}', f'--out_dir={out / name}']
-            twin = runs.setdefault(name, Run(args, load(args)))
-            if twin.args != args:
-                fail(f'{shlex.join(twin.args[:-2])} and {shlex.join(args[:-2])} would share {out / name}')
-    return list(runs.values())
+            if file not in controls:
+                add([file, *withs, *as_flags(given)], given)
+                continue
+            # a file composed after it may say otherwise
+            args = [file, *withs, *as_flags(plain), '--tp_size=1']
+            add(args, plain, dense=True)
+            if floor:
+                add([*args, f'--perturb={PERTURB}'], plain, '-perturbed')
+    runs = list(runs.values())
+    refuse_twins(runs, varied)
+    settle_in(runs, varied, out)
+    return runs
+
+
+def as_flags(given):
+    return [f'--{key}={value}' for key, value in given.items()]
+
+
+def same_run(theirs, ours, varied):
+    """Whether two configs, as dicts, are one run: only housekeeping that the sweep does not vary differs."""
+    return not differences(theirs, ours) and all(theirs[key] == ours[key] for key in varied)
+
+
+def refuse_twins(runs, varied):
+    """End the program if two runs of the plan are the same under two names."""
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            if same_run(vars(run.config), vars(other.config), varied):
+                fail(f'{shlex.join(other.args[:-2])} and {shlex.join(run.args[:-2])} are the same run, which '
+                     'would share a folder: leave one out')
+
+
+def settle_in(runs, varied, out):
+    """
+    Let each run whose config a folder under `out` holds already, under whatever name, continue there.
+
+    If several do, its own folder comes first, then the one that is furthest.
+    """
+    there = {}
+    for path in sorted(out.glob('*/run.json')):
+        try:
+            there[path.parent] = rundir.read_info(path.parent)
+        except (OSError, ValueError):  # no run can be recognized in it; if one is named so, it is refused
+            continue
+    for run in runs:
+        own = {folder: info for folder, info in there.items()
+               if info and same_run(info['config'], vars(run.config), varied)}
+        if own and run.out_dir not in own:
+            folder = max(own, key=lambda folder: own[folder]['iter'])
+            run.args[-2:] = [f'--wandb_run_name={own[folder]["name"]}', f'--out_dir={folder}']
+            run.config = load(run.args)
 
 
 def info_of(run):
@@ -242,8 +321,16 @@ def command(run, resume, share):
     launcher = [sys.executable]
     if share.gpus:
         launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(share.gpus)}',
-                     '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1']
+                     '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP']
     return [*launcher, str(ROOT / 'train.py'), *run.args, *['--init_from=resume'] * resume]
+
+
+def shell_line(run, resume, share):
+    """The same for a shell, with the folder, the environment and the cores that the sweep would give it."""
+    pinned = ['taskset', '--cpu-list', ','.join(map(str, share.cores))] * bool(share.cores)
+    variables = [f'{name}={value}' for name, value in share.environment.items()]
+    words = shlex.join([*pinned, *command(run, resume, share)])
+    return ' '.join(['cd', shlex.quote(os.getcwd()), '&&', *variables, words])
 
 
 def launch(words, share, log):
@@ -255,20 +342,32 @@ def launch(words, share, log):
         if sys.platform == 'linux':  # a run must not outlive a killed sweep: the next one would use its cores
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    print('$', shlex.join(words), file=log, flush=True)
     # in a session of its own: the terminal's Ctrl-C reaches the sweep alone, which passes it on once
     return subprocess.Popen(words, env=os.environ | share.environment, stdin=subprocess.DEVNULL, stdout=log,
                             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=settle)
 
 
-# what runs wrote, and how long the others will take
+# what runs wrote
 
 
 def reason(log):
-    """Why a run failed: the last error in its log, after which torchrun may have said more."""
-    text = log.read_text(errors='replace').rpartition('\n$ ')[2] if log.exists() else ''
-    errors = re.findall(r'^(?:\[rank\d+\]: *)?((?:error:|[\w.]+(?:Error|Exception)\b).*)', text, re.MULTILINE)
-    return errors[-1].removeprefix('error: ') if errors else rundir.last_line(log)
+    """
+    Why the last start in a log failed, '' if it does not say: our own error, a Python one, a signal that
+    killed a process under torchrun, the loss of that process, or a disk that took no checkpoint.
+
+    torchrun prints a traceback of its own in the end, which says nothing.
+    """
+    text = log.read_text(errors='replace') if log.exists() else ''
+    text = '\n' + text[text.rfind('\n$ ') + 1:]
+    errors = re.findall(r'\nerror: (.*)', text)
+    lost = [error for error in errors if error.startswith('lost touch with')]
+    own = [error for error in errors if error not in lost]
+    raised = re.findall(r'\n(?:\[rank\d+\]: ?)?(?!torch\.distributed\.elastic)'
+                        r'([\w.]+(?:Error|Exception|Interrupt)\b.*)', text)
+    killed = re.findall(r'\nRoot Cause[^=]*Signal \d+ \((SIG\w+)\)', text)
+    killed = [f'{name} killed a process' for name in killed]
+    unsaved = re.findall(r'\nwarning: (no checkpoint at step [^;\n]*)', text)
+    return next((found[-1] for found in (own, raised, killed, lost, unsaved) if found), '')
 
 
 def loss_of(line, kind):
@@ -277,97 +376,55 @@ def loss_of(line, kind):
     return 'not a number' if loss is None else f'{loss:.4f}'
 
 
-def duration(seconds):
-    return str(timedelta(seconds=round(seconds)))
-
-
-@dataclass
-class Pace:
-    """How fast a run trains: tokens per second in its steps, tokens that an evaluation reads."""
-    config: dict  # of the run that was so fast
-    tokens_per_sec: float
-    eval_tokens: int
-
-
-def find_pace(run, processes):
-    """A run's Pace so far; None if its files do not show it, or it had another number of processes."""
-    info = info_of(run)
-    evals, logs = rundir.read_metrics(run.out_dir)
-    speeds = [line['tokens_per_sec'] for line in logs.values() if line.get('tokens_per_sec')]
-    speeds = speeds[1:]  # the first one includes start-up
-    if info.get('processes') != processes or not evals or not speeds:
-        return None
-    line = next(iter(evals.values()))
-    tokens = line['val_tokens'] + line.get('fixed_train_tokens', 0)
-    return Pace(info['config'], statistics.median(speeds), tokens)
-
-
-def seconds_left(run, paces):
-    """
-    The time that a run will still take, in seconds, at the mean pace of runs with the same blocks; if there
-    are none, of all runs of its size; None without those.
-    """
-    config = run.config
-    alike = [pace for pace in paces if all(pace.config[key] == getattr(config, key) for key in SIZE)]
-    same = [pace for pace in alike if all(pace.config[key] == getattr(config, key)
-                                          for key in ('block_types', 'tp_size'))] or alike
-    if not same:
-        return None
-    windows = config.batch_size * config.gradient_accumulation_steps
-    # an evaluation only goes forward, so a token costs it about a third of what it costs a step
-    per_step = windows * config.block_size + same[0].eval_tokens / 3 / config.eval_interval
-    return run.steps_left * per_step / statistics.mean(pace.tokens_per_sec for pace in same)
-
-
-def makespan(durations, jobs):
-    """Seconds until tasks of these durations are done, started in order, `jobs` at a time."""
-    busy = [0.0] * jobs
-    for seconds in durations:
-        busy[busy.index(min(busy))] += seconds
-    return max(busy)
-
-
 # running
 
 
 @dataclass
 class Job:
-    """A run that is being trained: when it was started, and the time of its last checkpoint before that."""
+    """A run that is being trained."""
     run: Run
     share: Share
     process: subprocess.Popen
     began: float
-    saved: float
+    saved: float  # the time of its last checkpoint before that
+    log: Path | None  # None: its output is not kept
+
+    def failure(self):
+        """How it ended, and why, in words."""
+        status = self.process.returncode
+        names = {number.value: number.name for number in signal.Signals}
+        how = f'exit status {status}' if status >= 0 else f'killed by {names.get(-status, -status)}'
+        see = f'see {self.log}' if self.log else 'its output was not kept'
+        why = self.log and reason(self.log)
+        if not why and shutil.disk_usage(self.run.out_dir).free < 2**20:  # then the log does not tell either
+            why = 'its disk is full'
+        return f'{how}, {see}' + (f': {why}' if why else '')
 
 
 class Sweep:
     """The runs of a sweep: waiting, in jobs, finished, failed."""
 
-    def __init__(self, runs, shares):
+    def __init__(self, runs, shares, forecast):
         """shares: a Share for each run that may train at the same time"""
         self.finished = [run for run in runs if state_of(run) == 'finished']
         self.waiting = [run for run in runs if run not in self.finished]
         self.shares, self.jobs, self.failed, self.elsewhere = list(shares), [], [], set()
+        self.reasons = {}  # why runs failed, by their folders
         self.common = set.intersection(*(set(run.name.split('-')) for run in runs))
-        self.slots, self.processes = len(shares), max(1, len(shares[0].gpus))
-        self.paces = {}  # by the run's name
-        self.measure(self.finished)
+        self.forecast = forecast
+        self.forecast.measure(self.finished)
         self.shown = time.monotonic()
+        self.signals = []  # those received that ask the sweep to end
 
-    def measure(self, runs):
-        """Read the paces of these runs from their folders."""
-        found = {run.name: find_pace(run, self.processes) for run in runs}
-        self.paces.update((name, pace) for name, pace in found.items() if pace)
+    def times_left(self):
+        """The seconds that each unfinished run will still take, None if unknown."""
+        runs = [job.run for job in self.jobs] + self.waiting
+        self.forecast.measure(runs)
+        return [self.forecast.seconds(run.config, run.steps_left) for run in runs]
 
     def eta(self):
-        """The time until all runs are done, in words; 'unknown' until runs of their sizes have made steps."""
-        runs = [job.run for job in self.jobs] + self.waiting
-        self.measure(runs)
-        times = [seconds_left(run, self.paces.values()) for run in runs]
-        known = [seconds for seconds in times if seconds is not None]
-        if runs and not known:
-            return 'unknown'
-        return 'over ' * (len(known) < len(runs)) + duration(makespan(known, self.slots))
+        """The time until all runs are done, in words."""
+        return self.forecast.time(self.times_left())
 
     def short(self, run):
         """A run's name without the parts that all names share."""
@@ -383,8 +440,8 @@ class Sweep:
         for run in list(self.waiting):
             state = state_of(run)
             if state == 'running':
-                if run.name not in self.elsewhere:
-                    self.elsewhere.add(run.name)
+                if run.out_dir not in self.elsewhere:
+                    self.elsewhere.add(run.out_dir)
                     self.say(f'left to the process that trains it now: {run.name}')
                 continue
             self.waiting.remove(run)
@@ -402,41 +459,58 @@ class Sweep:
         """Start a run on a free share of the machine."""
         run.out_dir.mkdir(parents=True, exist_ok=True)
         share, saved = self.shares[0], rundir.saved_at(run.out_dir)
-        with open(run.out_dir / 'log.txt', 'a') as log:
-            process = launch(command(run, resume, share), share, log)
+        words = command(run, resume, share)
+        log, path = self.open_log(run, words)
+        with log:
+            process = launch(words, share, log)
         self.shares.remove(share)
-        self.jobs.append(Job(run, share, process, time.monotonic(), saved))
+        self.jobs.append(Job(run, share, process, time.monotonic(), saved, path))
         self.say(f'{"continues" if resume else "starts"}: {run.name}')
+
+    def open_log(self, run, words):
+        """
+        The run's log.txt to append to, the command written in it, and its path; if it cannot be written,
+        /dev/null and None.
+        """
+        path, log = run.out_dir / 'log.txt', None
+        try:
+            log = open(path, 'ab', buffering=0)
+            # a run that was killed may have left half a line
+            log.write(b'\n' * (log.tell() > 0) + os.fsencode(f'$ {shlex.join(words)}\n'))
+            return log, path
+        except OSError as error:
+            self.say(f'warning: the output of {run.name} is not kept: {path}: {error.strerror}')
+            if log:
+                log.close()
+            return open(os.devnull, 'wb'), None
 
     def finish(self, run, how, *words):
         """Record a finished run."""
         self.finished.append(run)
-        self.measure([run])
-        loss = loss_of(rundir.last_metrics(run.out_dir), 'val')
+        self.forecast.measure([run])
+        loss = loss_of(run.last_line, 'val')
         self.say(', '.join([f'{how}: {run.name}', f'val loss {loss}', *words]))
 
     def fail(self, run, why):
         """Record a failed run; the sweep goes on."""
         self.failed.append(run)
-        self.say(f'FAILED: {run.name}, {why}')
+        self.reasons[run.out_dir] = f'FAILED: {run.name}, {why}'
+        self.say(self.reasons[run.out_dir])
 
     def end(self, job):
         """Record how a job ended."""
         self.jobs.remove(job)
         self.shares.append(job.share)
-        run, status, state = job.run, job.process.returncode, state_of(job.run)
-        log = run.out_dir / 'log.txt'
+        run, state = job.run, state_of(job.run)
         if state == 'finished':
             self.finish(run, 'done', duration(time.monotonic() - job.began))
         elif state == 'running':  # another process took the folder first
             self.waiting.append(run)
         elif info_of(run).get('state') == 'resumable' and rundir.saved_at(run.out_dir) > job.saved:
             self.waiting.append(run)  # it was stopped by a signal that was not the sweep's
-            step = rundir.last_metrics(run.out_dir).get('iter', 0)
-            self.say(f'stopped from outside at step {step}, continues after the others: {run.name}')
+            self.say(f'stopped from outside at step {run.step}, continues after the others: {run.name}')
         else:
-            how = f'exit status {status}' if status >= 0 else f'killed by {signal.Signals(-status).name}'
-            self.fail(run, f'{how}, see {log}: {reason(log)}')
+            self.fail(run, job.failure())
 
     def progress(self):
         """How far the sweep is, in a line."""
@@ -444,7 +518,7 @@ class Sweep:
         left = len(self.waiting) + len(self.jobs)
         parts = [f'{len(self.finished)} done{failed}, {left} left, ETA {self.eta()}']
         for job in self.jobs:
-            line = rundir.last_metrics(job.run.out_dir)
+            line = job.run.last_line
             kind = 'train' if 'train_loss' in line else 'val'
             loss = f' {kind} loss {loss_of(line, kind)}' if line else ''
             step = f'{line.get("iter", 0)}/{job.run.config.max_iters}'
@@ -465,9 +539,15 @@ class Sweep:
         else:
             print(self.progress(), flush=True)
 
+    def catch_signals(self):
+        """Have the signals that end a sweep noted, for train(). Those that are ignored already stay so."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or by a shell for a background job
+                signal.signal(number, lambda number, frame: self.signals.append(number))
+
     def train(self):
-        """Train all runs that are not finished. If one fails, the next one starts."""
-        while self.waiting or self.jobs:
+        """Train all runs that are not finished, until a signal. If one fails, the next one starts."""
+        while (self.waiting or self.jobs) and not self.signals:
             for _ in range(min(len(self.waiting), len(self.shares))):
                 self.start()
             for job in [job for job in self.jobs if job.process.poll() is not None]:
@@ -475,21 +555,22 @@ class Sweep:
             if self.waiting or self.jobs:
                 self.show()
                 time.sleep(0.2)
+        if self.signals:
+            return self.stop()
         self.say(f'{len(self.finished)} runs finished, {len(self.failed)} failed')
         for run in self.failed:
-            self.say(f'  FAILED: {run.name}, see {run.out_dir / "log.txt"}')
+            self.say(f'  {self.reasons[run.out_dir]}')
 
     def stop(self):
-        """Have the jobs save their state and end."""
-        for number in STOP_SIGNALS:  # a second one would cut the saving short
-            signal.signal(number, signal.SIG_IGN)
+        """Have the jobs save their state and end. Further signals change nothing."""
         for job in self.jobs:
             job.process.terminate()  # not SIGINT, which children of a background shell job ignore
         self.say(f'stopping: {len(self.jobs)} runs save their state')
         for job in self.jobs:
             job.process.wait()
         total = len(self.finished) + len(self.failed) + len(self.waiting) + len(self.jobs)
-        self.say(f'stopped with {len(self.finished)} of {total} runs finished; the same command continues')
+        done = len(self.finished) + sum(state_of(job.run) == 'finished' for job in self.jobs)
+        self.say(f'stopped with {done} of {total} runs finished; the same command continues')
 
 
 def compare_command(runs, out):
@@ -508,36 +589,95 @@ def parse_args(argv):
                         help='a config file composed after each; may be repeated')
     parser.add_argument('--out', type=Path, default=Path('out'), help='where run folders go; default: out')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
-    parser.add_argument('--dry_run', action='store_true', help='show the plan and the time left, and end')
+    parser.add_argument('--floor', action='store_true',
+                        help=f'add a twin of each control with --perturb={PERTURB}: how far it ends from the '
+                             'control is the noise floor')
+    parser.add_argument('--detect', type=float, metavar='NATS',
+                        help='say first how many seeds detect this difference to dense')
+    parser.add_argument('--dry_run', action='store_true',
+                        help='start nothing: show how each run stands, the commands, time and disk; also '
+                             'of a sweep that runs in another terminal')
+    parser.add_argument('--gpus', type=int, metavar='N', help='with --dry_run: plan for N GPUs')
+    parser.add_argument('--gpu', metavar='NAME',
+                        help='with --dry_run: H100 or another whose peak is known, to estimate the time if '
+                             'no run has shown its speed')
     parser.error = lambda message: fail(f'{message}; see python sweep.py --help')
     args, flags = parser.parse_known_args(argv)
-    if args.jobs < 1:
-        fail(f'--jobs is {args.jobs}, it must be at least 1')
+    for key in 'jobs', 'gpus':
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            fail(f'--{key} is {getattr(args, key)}, it must be at least 1')
+    if args.detect is not None and not 0.001 <= args.detect < math.inf:
+        fail(f'--detect is {args.detect:g}, it must be a finite number of nats, at least 0.001')
+    if (args.gpus or args.gpu) and not args.dry_run:
+        fail('--gpus and --gpu go with --dry_run; a sweep takes all GPUs, or those in CUDA_VISIBLE_DEVICES')
     return args, flags
 
 
-def show_plan(runs, jobs, machine):
+def machine(args, runs):
+    """(ids of the GPUs, cores) to plan for. Ends the program if --gpus or --gpu do not fit the runs."""
+    if not any(run.config.device == 'cuda' for run in runs):
+        for key in 'gpus', 'gpu':
+            if getattr(args, key):
+                fail(f'--{key} is {getattr(args, key)}, but device is {runs[0].config.device}')
+        return [], find_cores()
+    gpus = [str(i) for i in range(args.gpus)] if args.gpus else find_gpus()
+    if args.gpu and not gpus:
+        fail(f'--gpu is {args.gpu}, but there is none here; --gpus=8 plans for eight')
+    if args.gpu:
+        peak_of(args.gpu)
+    return gpus, find_cores()
+
+
+def show_plan(runs, jobs, gpus, cores):
     """Print how each run stands."""
-    print(f'{len(runs)} runs, {jobs} at a time, {machine}:')
+    where = f'{len(gpus)} GPUs' if gpus else f'{len(cores)} cores, no GPU'
+    print(f'{len(runs)} runs, {jobs} at a time, {where}:')
     for run in runs:
-        state, step = state_of(run), rundir.last_metrics(run.out_dir).get('iter', 0)
-        at = f'at step {step} of ' if state in ('running', 'resume') else ''
+        state = state_of(run)
+        at = f'at step {run.step} of ' if state in ('running', 'resume') else ''
         whose = ', by another process' if state == 'running' else ''
         print(f'  {state}, {at}{run.config.max_iters} steps{whose}: {run.out_dir}')
 
 
+def show_commands(runs, shares):
+    """Print the command of each run that is to be started, in a share of its own."""
+    startable = [(run, state) for run in runs if (state := state_of(run)) in ('resume', 'new')]
+    for (run, state), share in zip(startable, cycle(shares)):
+        print(f'  {shell_line(run, state == "resume", share)}')
+
+
+def show_costs(sweep, out):
+    """Print the time and the disk that unfinished runs will take."""
+    times, runs = sweep.times_left(), sweep.waiting
+    cost = sweep.forecast.cost(times)
+    print('time left:', 'unknown until runs have made steps' if cost == 'unknown'
+          else f'{cost}, {sweep.forecast.basis()}')
+    sizes = sorted({in_bytes(checkpoint_bytes(run.config)) for run in runs}, key=len)
+    count = max(3 + run.config.keep_checkpoints for run in runs)
+    folder = next(path for path in [out, *out.resolve().parents] if path.exists())
+    print(f'disk: up to {in_bytes(sum(map(disk_left, runs)))} more, at most {count} checkpoints a run of '
+          f'{" or ".join(sizes)}; {in_bytes(shutil.disk_usage(folder).free)} are free', flush=True)
+
+
+def in_bytes(size):
+    return f'{size / 1e9:,.1f} GB' if size >= 1e9 else f'{size / 1e6:,.1f} MB'
+
+
 def main(argv):
-    args, flags = parse_args(argv)
+    args, keys = parse_args(argv)
     configs = args.configs or [os.path.relpath(ROOT / file) for file in RUNS]
-    runs = plan(configs, args.withs, parse_grid(flags), args.out)
-    gpus = find_gpus() if any(run.config.device == 'cuda' for run in runs) else []
-    cores = find_cores()
-    show_plan(runs, args.jobs, f'{len(gpus)} GPUs' if gpus else f'{len(cores)} cores, no GPU')
-    sweep = Sweep(runs, divide(args.jobs, gpus, cores))
+    runs = plan(configs, args.withs, parse_grid(keys), args.out, args.floor)
+    gpus, cores = machine(args, runs)
+    shares = divide(args.jobs, gpus, cores)
+    sweep = Sweep(runs, shares, Forecast(len(gpus), len(cores), args.jobs, args.gpu))
+    show_plan(runs, args.jobs, gpus, cores)
+    if args.dry_run:
+        show_commands(runs, shares)
+    if args.detect:
+        sweep.forecast.measure(runs)
+        print(*describe_seeds(runs, args.detect, sweep.forecast), sep='\n')
     if sweep.waiting:
-        eta = sweep.eta()
-        print(f'time left: {eta}', 'until runs have made steps' if eta == 'unknown'
-              else 'at the speed of these runs so far', flush=True)
+        show_costs(sweep, args.out)
     if args.dry_run:
         return
     try:
@@ -545,12 +685,9 @@ def main(argv):
     except OSError as error:
         fail(f'--out is {args.out}, which cannot be written: {error.strerror}')
 
-    for number in STOP_SIGNALS[1:]:
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C does
-    try:
-        sweep.train()
-    except KeyboardInterrupt:
-        sweep.stop()
+    sweep.catch_signals()
+    sweep.train()
+    if sweep.signals:
         sys.exit(130)
     if sweep.finished:
         print('compare them:', compare_command(runs, args.out), sep='\n  ')
@@ -558,4 +695,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    begin_program()
     main(sys.argv[1:])

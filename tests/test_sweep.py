@@ -1,7 +1,5 @@
 """
-sweep.py: what it plans, and what it does with runs that finish, fail or are stopped.
-
-Small scripts stand in for train.py.
+sweep.py: what it does with runs that finish, fail or are stopped, and with outputs and signals of its own.
 
     python -m pytest tests/test_sweep.py
 """
@@ -15,130 +13,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import sweep
-
-TWELVE, EIGHT, DENSE = (str(sweep.ROOT / f'config/train_gpt2{name}.py') for name in ('_12comm', '_8comm', ''))
-CPU = str(sweep.ROOT / 'config/cpu.py')
+from toy_sweeps import CPU, EIGHT, TWELVE, names, new_sweep, planned, stand_in, start, swept
 
 
 @pytest.fixture(autouse=True)
 def in_the_project(monkeypatch):
     monkeypatch.chdir(sweep.ROOT)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-
-
-def planned(tmp_path, *flags, files=(TWELVE,)):
-    return sweep.plan(list(files), [CPU], sweep.parse_grid(flags), tmp_path)
-
-
-def names(runs):
-    return [run.name.removeprefix('gpt2-124M-') for run in runs]
-
-
-# before each stand-in: note() writes what train.py would
-HEAD = """
-import json, os, signal, sys, time
-from pathlib import Path
-
-def note(state, **line):
-    line = line or dict(iter=config['max_iters'], val_loss=2.5, val_tokens=65536)
-    with open(out_dir / 'metrics.jsonl', 'a') as metrics:
-        print(json.dumps(line), file=metrics)
-    info = dict(name=name, state=state, config=config, corpus={}, communications=0, all_reduces={},
-                parameters=0, processes=1, iter=line['iter'], val_loss=line.get('val_loss'))
-    (out_dir / 'run.json').write_text(json.dumps(info))
-
-"""
-
-
-def stand_in(monkeypatch, script):
-    """Let `script` be each run. It has the run's out_dir, name and config, `resume`, and note()."""
-    def command(run, resume, share):
-        known = f'name, resume, config = {run.name!r}, {resume}, {vars(run.config)!r}\n'
-        return [sys.executable, '-c', HEAD + known + f'out_dir = Path({str(run.out_dir)!r})\n' + script]
-    monkeypatch.setattr(sweep, 'command', command)
-
-
-def new_sweep(runs, jobs=1):
-    return sweep.Sweep(runs, [sweep.Share([], [])] * jobs)
-
-
-def swept(runs, jobs=1):
-    going = new_sweep(runs, jobs)
-    going.train()
-    return going
-
-
-# the plan
-
-
-def test_a_grid_has_each_run_once_and_dense_once_per_seed(tmp_path):
-    runs = planned(tmp_path, '--tp_size=2,4', '--seed=1,2', files=(TWELVE, EIGHT))
-    assert names(runs) == [
-        'cpu-seed1', '12comm-cpu-seed1-tp2', '8comm-cpu-seed1-tp2',
-        '12comm-cpu-seed1-tp4', '8comm-cpu-seed1-tp4',
-        'cpu-seed2', '12comm-cpu-seed2-tp2', '8comm-cpu-seed2-tp2',
-        '12comm-cpu-seed2-tp4', '8comm-cpu-seed2-tp4']
-    for run in runs:
-        size = 1 if 'comm' not in run.name else int(run.name[-1])
-        assert run.config.tp_size == size and f'seed{run.config.seed}' in run.name
-        assert run.out_dir == tmp_path / run.name
-
-
-def test_the_dense_control_takes_no_flag_about_ranks_blocks_or_merge(tmp_path):
-    dense, *others = planned(tmp_path, '--tp_size=2,4', '--merge=sum,mean', '--block_types=spd')
-    assert names([dense]) == ['cpu'] and len(others) == 4
-    assert dense.config == sweep.load([DENSE, CPU, f'--out_dir={dense.out_dir}'])
-    assert {(run.config.tp_size, run.config.merge) for run in others} == {
-        (size, merge) for size in (2, 4) for merge in ('sum', 'mean')}
-    assert {run.name for run in others} > {'gpt2-124M-12comm-cpu-block_types=spd_x_12-merge=mean-tp4'}
-
-
-def test_a_dense_control_given_by_name_is_not_added_again(tmp_path):
-    assert names(planned(tmp_path, '--tp_size=4', files=(TWELVE, DENSE))) == ['cpu', '12comm-cpu-tp4']
-
-
-def test_a_file_composed_after_it_leaves_the_control_dense(tmp_path):
-    (tmp_path / 'wide.py').write_text('tp_size = 8\n')
-    runs = sweep.plan([TWELVE], [CPU, str(tmp_path / 'wide.py')], {}, tmp_path)
-    assert [run.config.tp_size for run in runs] == [1, 8]
-
-
-def test_each_recipe_gets_its_own_control(tmp_path):
-    (tmp_path / 'small.py').write_text('n_layer = 4\nwandb_run_name = "small"\ntp_size = 1\n')
-    (tmp_path / 'small_tp.py').write_text('n_layer = 4\nwandb_run_name = "small-tp"\ntp_size = 2\n')
-    files = [str(tmp_path / name) for name in ('small_tp.py', 'small.py')]
-    assert [run.name for run in sweep.plan([TWELVE, *files], [], {}, tmp_path)] == [
-        'gpt2-124M', 'small', 'gpt2-124M-12comm', 'small-tp']
-    with pytest.raises(SystemExit, match='small_tp.py: no config has tp_size 1 and the same recipe'):
-        sweep.plan(files[:1], [], {}, tmp_path)
-
-
-def test_folder_names(tmp_path):
-    runs = planned(tmp_path, '--seed=3', '--learning_rate=1e-3', '--compile=False')
-    assert names(runs) == ['cpu-learning_rate=0.001-seed3', '12comm-cpu-learning_rate=0.001-seed3']
-    assert 'cpu-compile=True' in names(planned(tmp_path, '--compile=False,True'))
-    assert names(planned(tmp_path, '--block_types=tp,spd'))[1] == '12comm-cpu-block_types=tp_spd_x_6'
-
-
-@pytest.mark.parametrize('flags, words', [
-    (['--seed', '1'], '--seed: a key for train.py is given as --key=value'),
-    (['--seed=1', '--seed=2'], 'a list is --seed=1,2'),
-    (['--tp_size=1,2'], 'the control is always trained'),
-    (['--out_dir=elsewhere'], '--out says where'),
-    (['--sede=1'], 'no key is called sede'),
-    (['--learning_rate=1e-3,0.001'], 'would share'),
-    (['--jobs=0'], '--jobs is 0, it must be at least 1'),
-    (['--jobs=two'], "invalid int value: 'two'"),
-])
-def test_a_mistake_in_the_command_line_gets_one_line(tmp_path, flags, words):
-    with pytest.raises(SystemExit) as end:
-        sweep.main([TWELVE, f'--out={tmp_path / "out"}', *flags])
-    assert words in str(end.value.code) and '\n' not in str(end.value.code)
-    assert not (tmp_path / 'out').exists()
 
 
 # the machine
@@ -174,7 +60,7 @@ def test_a_job_gets_its_share_and_no_more(tmp_path):
         code = 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])'
         sweep.launch([sys.executable, '-c', code], sweep.Share(['6', '7'], []), log).wait()
         log.seek(0)
-        assert [line for line in log if not line.startswith('$')] == [f'{{{core}}} 1\n', '6,7\n']
+        assert list(log) == [f'{{{core}}} 1\n', '6,7\n']
 
 
 # runs that finish, fail or are stopped
@@ -317,80 +203,153 @@ def test_a_sweep_that_is_killed_takes_its_runs_with_it(tmp_path):
     killed.wait()
 
 
-def test_the_reason_of_a_failure_is_found_in_the_log(tmp_path):
+# why a run failed
+
+
+@pytest.mark.parametrize('lines, found', [
+    (['error: of an earlier start', '$ train', 'step 1/9 | train 3.1'], ''),
+    (['error: of an earlier start', 'half a li', '', '$ train', 'error: the last', 'step 2/9'], 'the last'),
+    (['error: first', 'error: second', 'KeyError: 3'], 'second'),
+    (['Traceback (most recent call last):', '  File "a.py"', "KeyError: 'x'"], "KeyError: 'x'"),
+    (['[rank1]: torch.OutOfMemoryError: none left', '======'], 'torch.OutOfMemoryError: none left'),
+    (['warning: no checkpoint at step 4: No space left on device; the last one is intact', 'step 5/9'],
+     'no checkpoint at step 4: No space left on device'),
+    (['warning: no checkpoint at step 4: No space left on device; the last one is intact', 'error: other'],
+     'other'),
+    ([], ''),
+])
+def test_the_reason_of_a_failure_is_found_in_the_log(tmp_path, lines, found):
     log = tmp_path / 'log.txt'
-    log.write_text('$ train\nerror: of an earlier start\n$ train\nstep 1\n')
-    assert sweep.reason(log) == 'step 1'
-    with open(log, 'a') as file:
-        file.write('[rank1]: torch.OutOfMemoryError: none left\nTraceback of torchrun:\n======\n')
-    assert sweep.reason(log) == 'torch.OutOfMemoryError: none left'
+    log.write_text('\n'.join(['$ train', *lines, '']))
+    assert sweep.reason(log) == found
 
 
-# the time left
+@pytest.mark.parametrize('what, found', [
+    ('refused', 'device is cuda:0, which this machine or this torch does not have; try config/cpu.py, or'),
+    ('raised', 'RuntimeError: the matrix is singular'),  # in one process; the other lost touch with it
+    ('killed', 'SIGKILL killed a process'),
+])
+def test_torchruns_own_words_are_no_reason(what, found):
+    log = sweep.ROOT / f'tests/data/torchrun_{what}.log'  # written by torchrun, of two processes
+    assert sweep.reason(log).startswith(found)
 
 
-def write_metrics(run, *lines):
-    run.out_dir.mkdir(exist_ok=True)
-    (run.out_dir / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+def test_a_failed_run_says_what_ended_it(tmp_path, monkeypatch, capsys):
+    runs = planned(tmp_path, files=(TWELVE, EIGHT))
+    stand_in(monkeypatch, 'if "12comm" in name: os.kill(os.getpid(), signal.SIGKILL)\n'
+                          'if "8comm" in name: print("warning: no checkpoint at step 7: No space left on '
+                          'device; the last one is intact"); note("resumable", iter=7)\n'
+                          'print("step 7/400 | train 3.1", flush=True)\nsys.exit(75)')
+    swept(runs)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('FAILED')]
+    dense, twelve, eight = (run.out_dir / 'log.txt' for run in runs)
+    assert [line.partition(', ')[2] for line in lines] == [
+        f'exit status 75, see {dense}', f'killed by SIGKILL, see {twelve}',
+        f'exit status 75, see {eight}: no checkpoint at step 7: No space left on device']
+
+    # a log on a full disk does not tell
+    monkeypatch.setattr(sweep.shutil, 'disk_usage', lambda path: SimpleNamespace(free=4096))
+    swept(runs[:1])
+    assert f'exit status 75, see {dense}: its disk is full' in capsys.readouterr().out
 
 
-def make_steps(run, steps, tokens_per_sec, processes=1):
-    """Let a run's folder show this many steps at this speed, after a slow first line."""
-    write_metrics(run, dict(iter=0, val_loss=5, val_tokens=3072), *(
-        dict(iter=step, train_loss=3, tokens_per_sec=tokens_per_sec if step > 1 else 1)
-        for step in range(1, steps + 1)))
-    info = dict(name=run.name, state='running', config=vars(run.config), corpus={}, communications=0,
-                all_reduces={}, parameters=0, processes=processes, iter=steps, val_loss=None)
-    (run.out_dir / 'run.json').write_text(json.dumps(info))
+# what is only said
 
 
-def test_the_time_left_is_unknown_until_runs_of_the_size_have_made_steps(tmp_path, capsys):
-    argv = [TWELVE, '--with', CPU, f'--out={tmp_path / "out"}', '--n_embd=64,128', '--dry_run']
-    sweep.main(argv)
-    assert capsys.readouterr().out.endswith('time left: unknown until runs have made steps\n')
-    assert not (tmp_path / 'out').exists()
-
-    small, other_small, large, _ = runs = planned(tmp_path, '--n_embd=64,128', '--max_iters=100')
-    # a step has 16 windows of 64 tokens; the evaluation at the end reads 3072, at a third of their cost
-    make_steps(small, 20, 1024)
-    seconds = 80 * (1 + 1 / 100) + 100 * (1 + 1 / 100)
-    assert new_sweep(runs).eta() == f'over {sweep.duration(seconds)}'
-    assert new_sweep(runs, jobs=2).eta() == f'over {sweep.duration(101)}'
-    make_steps(large, 20, 512)
-    assert new_sweep(runs).eta() == sweep.duration(3 * seconds)
-
-
-def test_the_time_left_follows_the_runs(tmp_path):
-    dense, twelve = runs = planned(tmp_path, '--max_iters=100', '--eval_interval=100000')
-    going = new_sweep(runs)
-    assert going.eta() == 'unknown'
-    make_steps(dense, 10, 1024)
-    assert going.eta() == '0:03:10'
-    make_steps(dense, 50, 2048)
-    assert going.eta() == '0:01:15'
-    make_steps(twelve, 50, 1024)  # from here on by its own speed
-    assert going.eta() == '0:01:15'
-    make_steps(twelve, 50, 512)
-    assert going.eta() == '0:02:05'
+@pytest.mark.parametrize('log, why', [('folder', 'Is a directory'), ('full', 'No space left on device')])
+def test_a_log_that_cannot_be_written_keeps_no_run_from_starting(tmp_path, monkeypatch, capsys, log, why):
+    dense, twelve = runs = planned(tmp_path)
+    dense.out_dir.mkdir()
+    if log == 'full':
+        (dense.out_dir / 'log.txt').symlink_to('/dev/full')
+    else:
+        (dense.out_dir / 'log.txt').mkdir()
+    stand_in(monkeypatch, 'print("error: no luck")\nnote("finished") if "12comm" in name else sys.exit(3)')
+    going = swept(runs)
+    assert (going.finished, going.failed) == ([twelve], [dense])
+    out = capsys.readouterr().out
+    warning = f'warning: the output of {dense.name} is not kept: {dense.out_dir / "log.txt"}: {why}'
+    assert out.splitlines()[0] == warning
+    assert f'FAILED: {dense.name}, exit status 3, its output was not kept\n' in out
 
 
-def test_the_speed_of_other_devices_or_processes_tells_nothing(tmp_path):
-    runs = planned(tmp_path)
-    make_steps(runs[0], 10, 1024, processes=8)
-    assert new_sweep(runs).eta() == 'unknown'
-    other = planned(tmp_path, '--device=cuda')
-    make_steps(other[0], 10, 1024)
-    assert new_sweep(runs).eta() == 'unknown' and new_sweep(other).eta() != 'unknown'
+ARGV = [TWELVE, '--with', CPU]
 
 
-def test_progress_shows_done_left_and_loss(tmp_path):
-    runs = planned(tmp_path, '--max_iters=100', '--eval_interval=100000')
-    going = new_sweep(runs)
-    going.jobs, going.waiting = [sweep.Job(runs[0], None, None, 0, 0)], runs[1:]
-    assert going.progress() == '0 done, 2 left, ETA unknown | dense 0/100'
-    make_steps(runs[0], 50, 1024)
-    with open(runs[0].out_dir / 'metrics.jsonl', 'a') as metrics:
-        metrics.write('{"iter": 60, "tr')
-    assert going.progress() == '0 done, 2 left, ETA 0:02:30 | dense 50/100 train loss 3.0000'
-    write_metrics(runs[0], dict(iter=50, train_loss=None))
-    assert going.progress().endswith('dense 50/100 train loss not a number')
+def finished(out):
+    return [json.loads(path.read_text())['state'] for path in out.glob('*/run.json')] == ['finished'] * 2
+
+
+@pytest.mark.parametrize('shell', ['>/dev/full 2>&1', '>&- 2>&-', '| head -1', '>&- <&-'])
+def test_a_sweep_outlives_its_outputs(tmp_path, shell):
+    sweep_it = start(tmp_path, [*ARGV, f'--out={tmp_path / "out"}'], shell=shell, stderr=subprocess.PIPE,
+                     text=True)
+    errors = sweep_it.communicate()[1]
+    assert sweep_it.returncode == 0 and errors == '' and finished(tmp_path / 'out')
+
+
+def until(path):
+    return f'while not os.path.exists({str(path)!r}): time.sleep(0.02)\n'
+
+
+def test_a_sweep_outlives_its_terminal(tmp_path):
+    terminal, inside = os.openpty()
+    script = until(tmp_path / 'go') + 'note("finished")'
+    sweep_it = start(tmp_path, [*ARGV, f'--out={tmp_path / "out"}'], script, stdout=inside, stderr=inside)
+    os.close(inside)
+    shown = b''
+    while b'starts: ' not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)  # from here on, writing to it fails with EIO
+    (tmp_path / 'go').touch()
+    assert sweep_it.wait() == 0 and finished(tmp_path / 'out')
+
+
+SAVES = ('def save(*_):\n    (out_dir / "ckpt.pt").touch()\n    note("resumable")\n    sys.exit(75)\n'
+         'signal.signal(signal.SIGTERM, save)\n(out_dir / "ready").touch()\n')
+
+
+@pytest.mark.parametrize('ignored', [False, True])
+def test_a_closed_terminal_stops_a_sweep_unless_nohup_has_it_ignored(tmp_path, ignored):
+    out = tmp_path / 'out'
+    script = SAVES + until(tmp_path / 'go') + 'note("finished")'
+    sweep_it = start(tmp_path, [*ARGV, f'--out={out}'], script, ignore=ignored and signal.SIGHUP,
+                     stdout=subprocess.PIPE, text=True)
+    while not list(out.glob('*/ready')):
+        time.sleep(0.02)
+    sweep_it.send_signal(signal.SIGHUP)
+    if ignored:
+        (tmp_path / 'go').touch()
+        said = sweep_it.communicate()[0]
+        assert sweep_it.returncode == 0 and finished(out) and 'stopping' not in said
+        return
+    said = sweep_it.communicate()[0]
+    assert sweep_it.returncode == 130
+    assert said.endswith('stopping: 1 runs save their state\n'
+                         'stopped with 0 of 2 runs finished; the same command continues\n')
+    assert [path.parent.name for path in out.glob('*/ckpt.pt')] == [planned(out)[0].name]
+
+
+def test_an_early_ctrl_c_gets_one_line(tmp_path):
+    os.mkfifo(tmp_path / 'slow.py')  # a config that takes its time
+    sweep_it = start(tmp_path, [*ARGV, '--with', str(tmp_path / 'slow.py'), f'--out={tmp_path / "out"}'],
+                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    config = os.open(tmp_path / 'slow.py', os.O_WRONLY)  # returns once the sweep reads it
+    sweep_it.send_signal(signal.SIGINT)
+    assert sweep_it.communicate() == ('', 'stopped\n') and sweep_it.returncode == 130
+    os.close(config)
+
+
+def test_torchrun_passes_on_every_signal_that_a_run_saves_at(tmp_path):
+    words = sweep.command(planned(tmp_path)[0], False, sweep.Share(['0', '1'], []))
+    passed = next(word for word in words if word.startswith('--signals-to-handle='))
+    assert set(passed.partition('=')[2].split(',')) == {number.name for number in sweep.STOP_SIGNALS}
+
+
+def test_a_sweep_of_one_step(tmp_path, monkeypatch, capsys):
+    runs = planned(tmp_path, '--max_iters=1', '--eval_interval=1')
+    stand_in(monkeypatch, 'note("", iter=0, val_loss=5.6, val_tokens=9)\n'
+                          'note("", iter=1, train_loss=5.6, tokens_per_sec=9.0)\n'
+                          'note("finished", iter=1, val_loss=5.5, val_tokens=9)')
+    going = swept(runs)
+    assert names(going.finished) == ['cpu', '12comm-cpu'] and 'val loss 5.5000' in capsys.readouterr().out
