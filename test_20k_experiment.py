@@ -1,11 +1,11 @@
 """
 The pre-flight: do the experiment's configs load, have the size they should, and run?
 
-    python test_20k_experiment.py           # the experiment's eight configs, at full size, in about a minute
-    python test_20k_experiment.py --all     # every config in config/, the larger models too: several minutes
+    python test_20k_experiment.py  # the experiment's eight configs, at full size, in about a minute
+    python test_20k_experiment.py --all  # every run config, larger models and variants too: minutes
     python -m pytest test_20k_experiment.py
 
-Needs no data, no tokenizer, no network, no GPU. Exit status 0 if every check passes.
+It needs no data, tokenizer, network or GPU. The exit status is 0 if every check passes.
 """
 
 import math
@@ -15,30 +15,22 @@ from functools import cache
 import pytest
 import torch
 
-from configurator import ROOT, RUNS, communications, fail, load, pattern
+from configurator import ROOT, RUNS, begin_program, communications, fail, load, pattern
 from model import GPT, GPTConfig, count_all_reduces
-from train import model_config_of
+from variants import gpt_config
 
 EIGHT = ['config/train_gpt2.py', *RUNS]
-SIZES = {'124M': 125e6, '350M': 355e6, '774M': 774e6}     # parameters: the guide's, GPT-2 medium's, large's
+SIZES = {'124M': 125e6, '350M': 355e6, '774M': 774e6}  # parameters: the guide's, GPT-2 medium's, large's
 VOCAB_SIZE = GPTConfig.vocab_size
 MAY_DIFFER = {'out_dir', 'wandb_run_name', 'block_types'}
 
 
-def model_of(config):
-    """The config's model at full size, initial weights included."""
-    torch.manual_seed(config.seed)
-    return GPT(model_config_of(config, VOCAB_SIZE))
-
-
 @cache
 def observe(path):
-    """
-    (config, parameters, loss at init in nats a token, AllReduces) of one pass over two windows of random
-    tokens.
-    """
+    """(config, parameters, loss at init in nats per token, AllReduces) of a pass over two random windows."""
     config = load([str(ROOT / path)])
-    model = model_of(config)
+    torch.manual_seed(config.seed)
+    model = GPT(gpt_config(vars(config), VOCAB_SIZE))
     tokens = torch.randint(VOCAB_SIZE, (2, 33), generator=torch.Generator().manual_seed(0))
     with count_all_reduces() as observed:
         loss = model(tokens[:, :-1], tokens[:, 1:])[1]
@@ -47,11 +39,11 @@ def observe(path):
 
 
 def check_loads(path):
-    """The config loads, logs to the guide's project, and is called after its communications."""
+    """The config loads, logs to the guide's project, and is named after its communications."""
     config, *_ = observe(path)
     count = communications(config.block_types, config.tp_size)
-    called = config.wandb_run_name.split('-')[2:3]      # gpt2-124M-12comm-and-more
-    assert called == [f'{count}comm'] * bool(count), f'{count} communications, but {config.wandb_run_name}'
+    named = config.wandb_run_name.split('-')[2:3]  # gpt2-124M-12comm-and-more
+    assert named == [f'{count}comm'] * bool(count), f'{count} communications, but {config.wandb_run_name}'
     assert config.wandb_log and config.wandb_project == 'owt'
 
 
@@ -61,7 +53,7 @@ def parameters_of_gpt2(n_layer, n_embd, block_size=1024):
 
 
 def check_size(path):
-    """About 125M parameters, or what the name says, within 1%, whatever the blocks."""
+    """About 125M parameters, or the size in the name, within 1%, whatever the blocks."""
     config, parameters, _, _ = observe(path)
     size = config.wandb_run_name.split('-')[1]
     assert abs(parameters / SIZES[size] - 1) < 0.01, f'{parameters:,} parameters, its name says {size}'
@@ -70,10 +62,7 @@ def check_size(path):
 
 
 def check_runs(path):
-    """
-    A pass works: it knows nothing yet, so its loss is about ln(vocab); as many all-reduces backward as
-    forward.
-    """
+    """A pass works: untrained, its loss is about ln(vocab), with as many all-reduces backward as forward."""
     _, _, loss, observed = observe(path)
     assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'loss {loss:.3f} at init'
     assert observed.forward == observed.backward, f'{observed.forward} forward, {observed.backward} back'
@@ -99,7 +88,7 @@ def test_runs_differ_only_in_blocks(path):
 
 
 def failure(check, path):
-    """What the check says where it fails, else None."""
+    """The check's message if it fails, else None."""
     try:
         check(path)
     except (AssertionError, SystemExit, ValueError) as error:
@@ -111,7 +100,8 @@ def main(argv):
     if argv in (['--help'], ['-h']):
         return print(__doc__)
     if argv == ['--all']:
-        runs = EIGHT + sorted({f'config/{p.name}' for p in ROOT.glob('config/train_*.py')} - set(EIGHT))
+        every = {str(path.relative_to(ROOT)) for path in ROOT.glob('config/**/train_*.py')}
+        runs = EIGHT + sorted(every - set(EIGHT))
     elif argv:
         fail(f'{" ".join(argv)}: the pre-flight takes --all or nothing')
     chance = f'{math.log(VOCAB_SIZE):.3f}'
@@ -127,7 +117,7 @@ def main(argv):
         reduced = f'{observed.forward} + {observed.backward}'
         print(f'{path:43} {kinds:44} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
               f'{parameters:12,} {f"{loss:.3f} / {chance}":>25}', flush=True)
-    print('\ncomms is the guide\'s count; all-reduces are those observed in a pass, forward + backward\n')
+    print("\ncomms is the guide's count; all-reduces are those observed in a pass, forward + backward\n")
     failures = {words: [line for path in runs if (line := failure(check, path))]
                 for words, check in CHECKS.items()}
     for words, lines in failures.items():
@@ -136,4 +126,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    begin_program()
     main(sys.argv[1:])

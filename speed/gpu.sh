@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# all that wants a GPU, in one go on a fresh machine: speeds, profiles, and runs of real text at three widths.
-# what is finished is not done again, so that the same command goes on after an interruption.
+# everything that needs a GPU, in one go on a fresh machine: speeds, profiles, and runs of real text at three
+# widths. what is finished is not done again, so the same command continues after an interruption.
 #
-#   ./gpu.sh                # one GPU, 124M, 350M and 774M: results in out/gpu
-#   SMALL=1 ./gpu.sh        # the same commands at a size that two CPU cores do in some minutes
-#   SEEDS=1 ./gpu.sh        # a seed of each run; default 1,2,3
+#   speed/gpu.sh                # one GPU, 124M, 350M and 774M: results in out/gpu
+#   SMALL=1 speed/gpu.sh        # the same commands at a size that takes two CPU cores a few minutes
+#   SEEDS=1 speed/gpu.sh        # the seeds of each run; default: 1,2,3
+#
+# PYTHON is the interpreter, OUT the folder of the results
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 out=${OUT:-out/gpu}
 rounds=25

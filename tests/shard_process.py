@@ -1,75 +1,102 @@
 """
-One process of a sharded group, started by test_shard.py: what it computes must be what simulating gives.
+Sharded processes, started by test_shard.py: what they compute must be what simulating gives.
 
-    torchrun --standalone --nproc_per_node=4 tests/shard_process.py TP_SIZE
+    python tests/shard_process.py PROCESSES TP_SIZE
+
+Every config of the experiment is checked at full depth, and one whose blocks leave a parameter unused. Every
+other config has biases; those that have them in groups of two have none in groups of four. The processes are
+forked: torch takes longer to load than to check a config.
 """
 
+import os
+import socket
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401 (loaded by torch's optimizers, here before the fork)
 import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
 
-import train  # noqa: E402
-from configurator import ROOT, RUNS, load  # noqa: E402
+from configurator import COMMUNICATIONS, ROOT, RUNS, load  # noqa: E402
+from model import GPT, Block, join_shards  # noqa: E402
 from speed.costmodel import by_kind, design_messages, observe_step  # noqa: E402
-from model import GPT, join_shards  # noqa: E402
+from train import Network, observe_all_reduces, train_step  # noqa: E402
+from training.distributed import World, connect, find_world  # noqa: E402
+from variants import gpt_config  # noqa: E402
 
-B, T, C, V, STEPS = 2, 5, 16, 29, 20    # no tp_size divides V; so the vocabulary shards are uneven
+B, T, C, V, STEPS = 2, 5, 16, 29, 3  # no tp_size divides V; so the vocabulary shards are uneven
+COMMUNICATIONS['one_norm'] = 1
 
 
-def network(config, ranks, ddp_group, place, dtype):
+class OneNormBlock(Block, name='one_norm'):
+    """attention beside MLP, both of ln_1, sync: ln_2 is left unused."""
+
+    def forward(self, s):
+        u = self.ln_1(s.u)
+        return s.sync(self.attn(u), self.mlp(u))
+
+
+def build(config, world, dtype):
+    """The Network of this process; unlike a fresh one, no bias is 0 and no gain 1."""
     torch.manual_seed(config.seed)
-    dense = GPT(train.model_config_of(config, V))
+    dense = GPT(gpt_config(vars(config), V))
     with torch.no_grad():
-        for p in dense.parameters():    # no bias is 0 and no gain 1
+        for p in dense.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    net = train.Network((dense if ranks is None else dense.shard(ranks)).to(dtype), config)
-    net.wrap(B, ddp_group, config, place, print)
+    observe_all_reduces(dense)  # freezes what no block uses
+    net = Network((dense.shard(world.tp) if world.tp else dense).to(dtype), config)
+    net.wrap(B, config, world, print)
     return net
 
 
-def batches(step, place, n):
+def batches(step, world, n):
     """This process's share of a step's n micro-batches (B, T)."""
     x, y = torch.randint(V, (2, n, B, T), generator=torch.Generator().manual_seed(step))
-    share = n // place.ddp_size
-    mine = slice(place.ddp_rank * share, (place.ddp_rank + 1) * share)
+    share = n // world.ddp_size
+    mine = slice(world.ddp_rank * share, (world.ddp_rank + 1) * share)
     return list(zip(x[mine], y[mine]))
 
 
-def gradients(net, place, config):
+def gradients(net, config, world):
     """
-    (the gathered gradient that the optimizer gets in a first step, by parameter; that step's loss and norm)
+    (the dense gradient that the optimizer gets in a first step, by parameter; that step's loss and norm)
     """
     seen = {}
-    net.optimizer.register_step_pre_hook(lambda *_: seen.update(
-        {name: join_shards(name, p.grad, net.raw.ranks).clone() for name, p in net.raw.named_parameters()}))
-    torch.manual_seed(3)                # dropout's masks
-    micro_batches = batches(0, place, config.gradient_accumulation_steps)
-    return seen, train.train_step(net, micro_batches, 1e-3, config, place)[:2]
+
+    def gather(*_):
+        for name, p in net.raw_model.named_parameters():
+            if p.grad is not None:
+                seen[name] = join_shards(name, p.grad, net.raw_model.tp).clone()
+
+    net.optimizer.register_step_pre_hook(gather)
+    torch.manual_seed(3)  # dropout's masks
+    micro_batches = batches(0, world, config.gradient_accumulation_steps)
+    return seen, train_step(net, micro_batches, 1e-3, config, world)[:2]
 
 
-def compute(config, dropout, ddp_size, ranks, ddp_group, place):
+def compute(config, world, dropout, micro_batches):
     """
-    (gradients of step 1 in float64, its loss and norm and those of STEPS steps in float32, who took these).
-    Step 1 accumulates; the others have a micro-batch for each of ddp_size processes.
+    (gradients of a step in float64, loss and norm of it and of STEPS steps in float32, the latter's Network)
+
+    The float64 step accumulates; a float32 one has micro_batches, over all processes.
     """
-    args = config, ranks, ddp_group, place
     config.dropout = dropout
-    first, accumulated = gradients(network(*args, torch.float64), place, config)
+    first, accumulated = gradients(build(config, world, torch.float64), config, world)
     config.dropout = 0.0
-    net = network(*args, torch.float32)
-    steps = [train.train_step(net, batches(step, place, ddp_size), 1e-3, config, place)[:2]
+    net = build(config, world, torch.float32)
+    steps = [train_step(net, batches(step, world, micro_batches), 1e-3, config, world)[:2]
              for step in range(STEPS)]
     return first, [accumulated, *steps], net
 
 
-def check_config(config, expected, *args):
-    """expected: what compute() gave for the simulated ranks; args: its other arguments"""
-    what, place = f'{config.wandb_run_name}, bias {config.bias}', args[-1]
-    ours, steps, net = compute(config, *args)
+def check_config(config, world, dropout, expected):
+    """expected: what compute() gave when simulated"""
+    what = f'{config.wandb_run_name}, bias {config.bias}'
+    ours, steps, net = compute(config, world, dropout, world.ddp_size)
+    assert ours.keys() == expected[0].keys()
     for key, simulated in expected[0].items():
         far = (ours[key] - simulated).abs().max() / simulated.abs().max().clamp(min=1e-12)
         assert far < 1e-9 or simulated.abs().max() < 1e-12, f'{what}: {key} is off by {far}'
@@ -80,37 +107,53 @@ def check_config(config, expected, *args):
 
     # what reached torch.distributed, by kind: as often and as large as the design has it
     config.dtype = 'float32' if config.bias else 'bfloat16'
-    micro_batches = batches(0, place, config.gradient_accumulation_steps)
+    micro_batches = batches(0, world, config.gradient_accumulation_steps)
     seen = by_kind(observe_step(
-        net.raw, lambda: train.train_step(net, micro_batches, 1e-3, config, place)))
-    design = by_kind(design_messages(config, place.ddp_size, V))
-    design['average'][0] = seen['average'][0]           # DDP's buckets
+        net.raw_model, lambda: train_step(net, micro_batches, 1e-3, config, world)))
+    design = by_kind(design_messages(config, world.ddp_size, V))
+    design['average'][0] = seen['average'][0]  # DDP's buckets
     assert seen == design, f'{what}, {config.dtype}: {seen}, not {design}'
 
 
-def main(tp_size):
-    shape = [f'--n_embd={C}', '--n_head=4', f'--block_size={T}', f'--batch_size={B}',
-             f'--tp_size={tp_size}', '--grad_clip=0.1', '--shard=True']
-    configs = [load([str(ROOT / path), str(ROOT / 'config/cpu.py'), *shape, f'--bias={bias}'])
-               for path in RUNS for bias in (False, True)]
-    place = train.find_place(configs[0])
-    ranks, ddp_group = train.connect(configs[0], place)
-    for config in configs:              # where a step accumulates, each process has two micro-batches
-        config.gradient_accumulation_steps = 2 * place.ddp_size
-    # dropout draws by data-parallel process, so its masks agree with one process's where there is one
-    dropout = 0.1 if place.ddp_size == 1 else 0.0
-    alone = train.Place(0, 1, [[0]], place.device)
-    expected = {i: compute(configs[i], dropout, place.ddp_size, None, None, alone)[:2]
-                for i in range(place.process, len(configs), place.processes)}
-    shared = [None] * place.processes
-    dist.all_gather_object(shared, expected)
-    expected = {i: results for part in shared for i, results in part.items()}
+def load_configs(tp_size):
+    shape = [f'--n_embd={C}', '--n_head=4', f'--block_size={T}', f'--batch_size={B}', f'--tp_size={tp_size}',
+             '--grad_clip=0.1', '--shard=True']
+    unused = ['--n_layer=3', '--block_types=one_norm,parallel,spd', '--wandb_run_name=one_norm']
+    configs = []
+    for i, flags in enumerate([[str(ROOT / path)] for path in RUNS] + [unused]):
+        bias = (i + tp_size // 2) % 2 == 0
+        configs.append(load([str(ROOT / 'config/cpu.py'), *flags, *shape, f'--bias={bias}']))
+    return configs
+
+
+def check_process(process, tp_size):
+    os.environ.update(RANK=str(process), LOCAL_RANK=str(process))
+    configs = load_configs(tp_size)
+    world = connect(configs[0], find_world(configs[0]))
+    for config in configs:  # each process accumulates over two micro-batches
+        config.gradient_accumulation_steps = 2 * world.ddp_size
+    # dropout draws by data-parallel process, so its masks agree with one process's only if there is one
+    dropout = 0.1 if world.ddp_size == 1 else 0.0
+    alone = World(0, 1, [[0]], world.device)
+    expected = {i: compute(configs[i], alone, dropout, world.ddp_size)[:2]
+                for i in range(world.process, len(configs), world.processes)}
+    parts = [None] * world.processes
+    dist.all_gather_object(parts, expected)
+    expected = {i: results for part in parts for i, results in part.items()}
     for i, config in enumerate(configs):
-        check_config(config, expected[i], dropout, place.ddp_size, ranks, ddp_group, place)
-    train.disconnect(place)
-    print('all checks passed')
+        check_config(config, world, dropout, expected[i])
+    dist.destroy_process_group()
+    world.say('all checks passed')
+
+
+def main(processes, tp_size):
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    os.environ.update(WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    mp.start_processes(check_process, (tp_size,), processes, start_method='fork')
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

@@ -1,5 +1,5 @@
 """
-bench.py, simulated and sharded, and slow_link.py: what they print is consistent, and what they refuse.
+bench.py, simulated and sharded, and speed.slow_link: what they print is consistent, and what they refuse.
 
     python -m pytest tests/test_bench.py
 """
@@ -15,11 +15,13 @@ import time
 import pytest
 
 import bench
-from speed import slow_link
 from configurator import ROOT, load
-from speed.costmodel import KINDS, Link, ring
 from model import GPT
-from train import find_place, model_config_of
+from speed import slow_link
+from speed.costmodel import KINDS, Link, ring
+from speed.memory import kept_tensors
+from training.distributed import find_world
+from variants import gpt_config
 
 TINY = ['--with', 'config/cpu.py', '--n_embd=16', '--block_size=8', '--batch_size=2', '--vocab_size=64',
         '--rounds=6']
@@ -30,7 +32,7 @@ needs_namespaces = pytest.mark.skipif(
 
 
 def run(*command, **kwargs):
-    """A bounded run of one of our scripts. Returns what it printed, by lines."""
+    """A bounded run of one of our scripts. Returns its output, by lines."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240,
                           env=dict(os.environ, OMP_NUM_THREADS='1', **kwargs))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -57,7 +59,7 @@ def test_a_sharded_bench_is_consistent():
                    '--latency_us=100')
     report = json.loads(last)
     assert report['processes'] == 4 and report['backend'] == 'gloo' and report['wte_bytes'] == 64 * 16 * 4
-    check_sharded(report, tokens=2 * 2 * 8)             # of two data-parallel processes
+    check_sharded(report, tokens=2 * 2 * 8)  # of two replicas
     for row, all_reduces in zip(report['configs'], (24, 7), strict=True):
         kinds = row['all_reduces']
         assert kinds['forward'] == kinds['backward'] == [all_reduces, all_reduces * 2 * 8 * 16 * 4]
@@ -70,52 +72,67 @@ def test_a_sharded_bench_is_consistent():
         assert row['predicted_on_given_link'] == pytest.approx(row['compute_seconds'] + network)
 
 
-def test_a_simulated_bench_measures_the_dense_control_first():
-    *_, last = run('bench.py', 'config/train_gpt2_2comm.py', *TINY, '--textbook')
-    rows = json.loads(last)
-    assert [row['name'] for row in rows] == ['gpt2-124M-cpu', 'gpt2-124M-2comm-cpu', 'textbook']
+def test_a_simulated_bench_measures_the_dense_control_first(capsys):
+    bench.main(['config/train_gpt2_2comm.py', *TINY, '--textbook'])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row['name'] for row in rows] == ['gpt2-cpu', 'gpt2-2comm-cpu', 'textbook']
     assert rows[0]['ratio'] == 1 and all(row['low'] <= row['ratio'] <= row['high'] for row in rows)
     assert all(row['tokens_per_sec'] == pytest.approx(16 / row['step_seconds']) for row in rows)
 
 
 def test_what_a_step_keeps_grows_by_the_same_with_every_window(capsys):
-    """Three windows are foretold from one and two; here they are run as well."""
-    path, shape = 'config/train_gpt2_8comm.py', ['--tp_size=4', '--n_head=4', '--batch_size=3']
+    """bench.py infers three windows from one and two; here they are run as well."""
+    path = 'config/train_gpt2_8comm.py'
+    shape = ['--tp_size=4', '--n_head=4', '--batch_size=3', '--n_layer=2', '--block_types=spd,parallel']
     bench.main([path, '--kept', *TINY, *shape, '--vocab_size=320'])
     dense, drifted = json.loads(capsys.readouterr().out.splitlines()[-1])
     config = load([path, 'config/cpu.py', *TINY[2:-2], *shape])
-    model = GPT(model_config_of(config, vocab_size=320))
+    model = GPT(gpt_config(vars(config), vocab_size=320))
     kept = sum(tensor.untyped_storage().nbytes()
-               for tensor in bench.kept_tensors(model, 3, config, find_place(config)))
+               for tensor in kept_tensors(model, 3, config, find_world(config)))
     assert drifted['kept_gib'] == kept / 2**30
     assert drifted['step_gib'] == (kept + 16 * model.num_params()) / 2**30
     assert dense['kept_gib'] < drifted['kept_gib'] and drifted['ratio'] > dense['ratio'] == 1
-    assert dense['float32_logits'] == drifted['float32_logits'] == 1       # eagerly, they are kept
+    assert dense['float32_logits'] == drifted['float32_logits'] == 1  # eagerly, they are kept
 
 
-@pytest.mark.parametrize('flags, environment, words', [
-    (['--rounds=5'], {}, '--rounds=5'),
-    (['--rounds=many'], {}, 'many'),
-    (['--shard'], {}, 'multiple of tp_size'),
-    (['--shard', '--tp_size=1'], {}, '--shard needs more processes'),
-    (['--shard', '--textbook'], {}, '--textbook'),
-    (['--shard', '--kept'], {}, '--kept'),
-    (['--input', '--kept'], {}, 'choose one'),
-    (['--shard', 'config/train_gpt2.py'], dict(WORLD_SIZE='2'), 'tp_size is 1, but 2'),
-    ([], dict(WORLD_SIZE='2'), 'add --shard'),
-    (['--shard', '--gbit=-1'], {}, '--gbit=-1'),
-    (['--n_head=3'], {}, 'n_embd is 16, not a multiple of n_head, 3'),
-    (['--vocab_size=0'], {}, 'vocab_size is 0'),
+def test_the_control_is_dense_whatever_is_composed_after_it(tmp_path):
+    other = tmp_path / 'other.py'
+    other.write_text("block_types = 'spd'\ntp_size = 4")
+    for first in ('config/train_gpt2_2comm.py', 'config/train_350M.py'):
+        configs = bench.load_configs(*bench.parse_args([first, '--with', str(other), '--merge=mean']))
+        assert (configs[0].tp_size, configs[0].block_types[0]) == (1, 'tp')
+        assert all(config.tp_size == 4 for config in configs[1:])
+    assert [config.wandb_run_name for config in configs] == ['gpt2-350M-other']  # its own control
+
+
+@pytest.mark.parametrize('flags, processes, words', [
+    (['--rounds=5'], 1, '--rounds is 5, it must be at least 6'),
+    (['--rounds=many'], 1, 'many'),
+    (['--shard'], 1, 'multiple of tp_size'),
+    (['--shard', '--tp_size=1'], 1, '--shard needs more processes'),
+    (['--shard', '--textbook'], 1, '--textbook'),
+    (['--shard', '--kept'], 1, '--kept'),
+    (['--input', '--kept'], 1, 'choose one'),
+    (['--shard', 'config/train_gpt2.py'], 2, 'tp_size is 1, but 2'),
+    ([], 2, 'add --shard'),
+    (['--shard', '--gbit=-1'], 1, '--gbit is -1, it must be above 0'),
+    (['--shard', '--gbit=1', '--latency_us=-1'], 1, '--latency_us is -1, it must be at least 0'),
+    (['--n_head=3'], 1, 'n_embd is 16, it must be a multiple of n_head, 3'),
+    (['--vocab_size=0'], 1, 'vocab_size is 0'),
+    (['confg/train_gpt2.py'], 1, 'confg/train_gpt2.py'),
 ], ids=str)
-def test_a_bench_that_cannot_be_is_refused_in_one_line(flags, environment, words, monkeypatch):
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
+def test_a_bench_that_cannot_be_is_refused_in_one_line(flags, processes, words, monkeypatch):
+    if processes > 1:
+        for key, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=processes, MASTER_ADDR='localhost',
+                               MASTER_PORT=1).items():
+            monkeypatch.setenv(key, str(value))
     with pytest.raises(SystemExit) as stopped:
         bench.main([*TINY, *flags])
     assert words in stopped.value.code and '\n' not in stopped.value.code
 
 
-# slow_link.py
+# a slow link
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -131,14 +148,14 @@ def test_a_slow_link_is_refused_in_one_line(flags, words, monkeypatch):
 
 @needs_namespaces
 def test_a_slow_link_is_as_slow_as_asked():
-    first, *_, last = run('slow_link.py', '--gbit=0.5', '--latency_us=2000', *CONTROL, *TINY,
+    first, *_, last = run('-m', 'speed.slow_link', '--gbit=1', '--latency_us=1000', *CONTROL, *TINY,
                           '--n_layer=2', '--block_types=tp')
     if not first.startswith('link: veth'):
-        pytest.skip(first)              # a kernel without veth or tbf: predicted, not measured
+        pytest.skip(first)  # a kernel without veth or tbf: predicted, not measured
     report = json.loads(last)
     check_sharded(report, tokens=2 * 8)
-    # two messages of 2 ms one after the other, and no more than the rate; a busy machine is only slower
-    assert report['links']['tp']['alpha'] > 0.9 * 4e-3 and report['links']['tp']['beta'] < 1.5 * 0.5e9 / 8
+    # two messages of 1 ms one after the other, and no more than the rate; a busy machine is only slower
+    assert report['links']['tp']['alpha'] > 0.9 * 2e-3 and report['links']['tp']['beta'] < 1.5 * 1e9 / 8
 
 
 @needs_namespaces
@@ -147,8 +164,8 @@ def test_a_link_that_cannot_be_made_is_called_predicted(monkeypatch, tmp_path):
     tc = tmp_path / 'tc'
     tc.write_text('#!/bin/sh\necho no such qdisc >&2\nexit 2\n')
     tc.chmod(0o755)
-    first, *_, last = run('slow_link.py', '--gbit=1', *CONTROL, *TINY, '--n_layer=2', '--block_types=tp',
-                          PATH=f'{tmp_path}:{os.environ["PATH"]}')
+    first, *_, last = run('-m', 'speed.slow_link', '--gbit=1', *CONTROL, *TINY, '--n_layer=2',
+                          '--block_types=tp', PATH=f'{tmp_path}:{os.environ["PATH"]}')
     assert 'could not be made' in first and 'no such qdisc' in first and 'predicted' in first
     assert json.loads(last)['configs'][0]['predicted_on_given_link'] > 0
 
@@ -160,7 +177,7 @@ def processes_with(text):
         try:
             with open(f'/proc/{pid}/cmdline') as file:
                 found += text in file.read()
-        except OSError:                 # it has ended since
+        except OSError:  # it has ended since
             pass
     return found
 
@@ -175,7 +192,7 @@ def test_a_slow_link_that_is_killed_leaves_nothing(number, tmp_path):
     before, mark = machine(), tmp_path / 'nothing.py'
     mark.write_text('')
     process = subprocess.Popen(
-        [sys.executable, 'slow_link.py', '--gbit=1', '--latency_us=100', *TINY, '--rounds=100000',
+        [sys.executable, '-m', 'speed.slow_link', '--gbit=1', '--latency_us=100', *TINY, '--rounds=100000',
          '--with', str(mark)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith('link:')
     until = time.monotonic() + 60

@@ -1,16 +1,16 @@
 """
-The cost model: its arithmetic by hand, its fit, and the all-reduces that it takes a step to have.
+The cost model: its arithmetic by hand, its fit, and the all-reduces that it expects in a step.
 
     python -m pytest tests/test_costmodel.py
 """
 
 import pytest
 
-from speed import costmodel
 from configurator import load
+from speed import costmodel
 from speed.costmodel import Cluster, Link, Message
 
-RUNS = {24: 24, 18: 18, 16: 16, 12: 12, 8: 7, 6: 5, 2: 1}       # communications, all-reduces each way
+RUNS = {24: 24, 18: 18, 16: 16, 12: 12, 8: 7, 6: 5, 2: 1}  # communications, all-reduces each way
 
 
 def test_fit_finds_alpha_and_beta():
@@ -33,9 +33,12 @@ def test_a_ring_sends_twice_all_but_its_own_part():
     assert costmodel.ring(4, 1e-3, 1e6) == pytest.approx((6e-3, 1e6 * 4 / 6))
 
 
-@pytest.mark.parametrize('communications, all_reduces', RUNS.items())
-def test_the_streams_all_reduces_are_those_of_the_table(communications, all_reduces):
-    config = load([f'config/train_gpt2_{communications}comm.py'])
+@pytest.mark.parametrize('path, all_reduces', [
+    *[(f'train_gpt2_{communications}comm.py', all_reduces) for communications, all_reduces in RUNS.items()],
+    ('variants/train_gpt2_12comm_attn.py', 12), ('variants/train_gpt2_2comm_mean.py', 1),
+])
+def test_the_streams_all_reduces_are_those_of_the_table(path, all_reduces):
+    config = load([f'config/{path}'])
     kinds = costmodel.by_kind(costmodel.design_messages(config, 4))
     # 480 windows over 4 data-parallel processes, 12 in a micro-batch; bfloat16
     expected = [10 * all_reduces, 10 * all_reduces * 12 * 1024 * 768 * 2]
@@ -69,13 +72,13 @@ def test_predicted_seconds_by_hand():
 def test_groups_inside_a_node_leave_its_network_to_the_average():
     links = Cluster(gbit=8, latency_us=100, nodes=2, gpus=8).links(tp_size=4, across=False)
     assert links['tp'] == pytest.approx((6 * 5e-6, 450e9 * 4 / 6))
-    assert links['ddp'] == pytest.approx((2 * 1e-4, 1e9 / 4))           # four pairs over one network
+    assert links['ddp'] == pytest.approx((2 * 1e-4, 1e9 / 4))  # four pairs over one network
 
 
-def test_a_nodes_network_is_shared_by_the_groups_on_it_where_there_are_more_nodes_than_ranks():
+def test_a_nodes_network_is_shared_by_the_groups_on_it_if_there_are_more_nodes_than_ranks():
     links = Cluster(gbit=8, latency_us=100, nodes=4, gpus=8).links(tp_size=2, across=True)
-    assert links['tp'] == pytest.approx((2 * 100e-6, 1e9 / 2))     # each node has a rank of two groups
-    assert links['ddp'] == pytest.approx((2 * 3 * 100e-6, 1e9 * 4 / 6))    # and two of one ddp group
+    assert links['tp'] == pytest.approx((2 * 100e-6, 1e9 / 2))  # each node has a rank of two groups
+    assert links['ddp'] == pytest.approx((2 * 3 * 100e-6, 1e9 * 4 / 6))  # and two of one ddp group
 
 
 def test_a_tp_size_that_does_not_divide_the_gpus_is_refused():

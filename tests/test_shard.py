@@ -9,12 +9,16 @@ import os
 import signal
 import subprocess
 import sys
-from threading import Timer
 from pathlib import Path
+from threading import Timer
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from configurator import ROOT
+from configurator import ROOT, load
+from model import GPT, GPTConfig, TPGroup
+from training.distributed import find_world, lay_out
 
 SMALL = ['config/train_gpt2_8comm.py', 'config/cpu.py', '--n_layer=4', '--max_iters=8', '--eval_interval=4',
          '--eval_tokens=2000', '--log_interval=1', '--gradient_accumulation_steps=2', '--batch_size=4',
@@ -22,45 +26,44 @@ SMALL = ['config/train_gpt2_8comm.py', 'config/cpu.py', '--n_layer=4', '--max_it
 
 
 def launch(processes, script, *args):
-    """A bounded run of a script of ours under torchrun, or alone."""
+    """A bounded run of one of our scripts, under torchrun if it takes more than one process."""
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *args]
-    return subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True,
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True,
                           text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize('processes, tp_size', [(2, 2), (4, 4), (4, 2)], ids=['tp 2', 'tp 4', '2 x tp 2'])
 def test_gradients_losses_and_collectives_are_those_of_the_simulated_run(processes, tp_size):
-    done = launch(processes, Path(__file__).with_name('shard_process.py'), str(tp_size))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert 'all checks passed' in done.stdout
+    said = launch(1, Path(__file__).with_name('shard_process.py'), str(processes), str(tp_size))
+    assert 'all checks passed' in said
 
 
 def metrics(out_dir):
-    """The numbers that a run's arithmetic gave, speeds left out."""
+    """{(iter, kind): [loss, gradient norm]} of a run, kind being train_loss or val_loss"""
     lines = [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
-    return [(line['iter'], line.get('train_loss', line.get('val_loss')), line.get('grad_norm', 0))
-            for line in lines]
+    return {(line['iter'], kind): [line[kind], line.get('grad_norm', 0.0)]
+            for line in lines for kind in ('train_loss', 'val_loss') if kind in line}
 
 
 def test_a_checkpoint_goes_from_simulated_to_sharded_and_back(tmp_path):
-    assert launch(1, ROOT / 'data/pystdlib/prepare.py').returncode == 0
-    for name, stages in {'undisturbed': [(1, 8, '')], 'sharded': [(2, 8, '--shard=True')],
-                         'mixed': [(1, 3, ''), (2, 6, '--shard=True'), (1, 8, '--tp_size=4')]}.items():
-        for i, (processes, until, flag) in enumerate(stages):
-            done = launch(processes, ROOT / 'train.py', *SMALL, f'--out_dir={tmp_path / name}',
-                          f'--max_iters={until}', '--lr_decay_iters=8', *[flag] * bool(flag),
-                          *['--init_from=resume'] * bool(i))
-            assert done.returncode == 0, done.stdout + done.stderr
-    undisturbed = metrics(tmp_path / 'undisturbed')
-    assert metrics(tmp_path / 'sharded') == [pytest.approx(line, abs=1e-4) for line in undisturbed]
-    # the stages end with evaluations of their own, and the last one drifts apart over four ranks, not two
-    two_ranks = {line[:1]: line for line in undisturbed if line[0] <= 6 and line[2]}
-    assert [line for line in metrics(tmp_path / 'mixed') if line[0] <= 6 and line[2]] == [
-        pytest.approx(line, abs=1e-4) for line in two_ranks.values()]
-    import torch
-    shapes = [{name: p.shape for name, p in torch.load(tmp_path / name / 'ckpt.pt')['model'].items()}
-              for name in ('undisturbed', 'sharded')]
+    launch(1, ROOT / 'data/pystdlib/prepare.py')
+    stages = {'undisturbed': [(1, 8, [])],
+              'mixed': [(1, 2, []), (2, 6, ['--shard=True', '--init_from=resume']),
+                        (1, 8, ['--init_from=resume'])]}
+    for name, parts in stages.items():
+        for processes, until, flags in parts:
+            launch(processes, ROOT / 'train.py', *SMALL, f'--out_dir={tmp_path / name}',
+                   f'--max_iters={until}', '--lr_decay_iters=8', *flags)
+    undisturbed, mixed = (metrics(tmp_path / name) for name in stages)
+    assert undisturbed.keys() <= mixed.keys()  # each stage ends with an evaluation of its own
+    assert {key: mixed[key] for key in undisturbed} == {
+        key: pytest.approx(values, abs=1e-4) for key, values in undisturbed.items()}
+    # ckpt-previous.pt is the sharded stage's last
+    shapes = [{key: p.shape for key, p in torch.load(tmp_path / path)['model'].items()}
+              for path in ('undisturbed/ckpt.pt', 'mixed/ckpt-previous.pt')]
     assert shapes[0] == shapes[1]
 
 
@@ -96,57 +99,54 @@ def test_a_process_that_dies_ends_all_with_one_line(victim, tmp_path):
     (['--tp_across_nodes=True'], 'with --shard=True only'),
     (['--shard=True', '--tp_size=1', '--dtype=float16'], 'float16'),
 ])
-def test_a_wrong_launch_is_refused_in_one_line(flags, words, monkeypatch):
-    import train
-    from configurator import load
+def test_a_wrong_launch_is_refused_in_one_line(flags, words):
     with pytest.raises(SystemExit) as stopped:
-        train.find_place(load(['config/cpu.py', *flags]))
+        find_world(load(['config/cpu.py', *flags]))
     assert words in stopped.value.code and '\n' not in stopped.value.code
 
 
 @pytest.mark.parametrize('local_rank, index', [(None, 0), ('3', 3)])
 def test_a_process_names_its_gpu_by_number(local_rank, index, monkeypatch):
-    import torch
-    import train
-    from configurator import load
-    zeros, chosen = torch.zeros, []
-
-    def set_device(device):             # torch's own takes a number or a device that has one
-        assert device.index is not None
-        chosen.append(device.index)
-
+    """On a machine that pretends to have GPUs. torch's own set_device refuses a device without a number."""
     if local_rank:
-        monkeypatch.setenv('LOCAL_RANK', local_rank)
+        for name, value in dict(RANK=local_rank, LOCAL_RANK=local_rank, WORLD_SIZE='4',
+                                MASTER_ADDR='localhost', MASTER_PORT='1').items():
+            monkeypatch.setenv(name, value)
+    zeros = torch.zeros
     monkeypatch.setattr(torch, 'zeros', lambda *shape, device: zeros(*shape))
-    monkeypatch.setattr(torch.cuda, 'set_device', set_device)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
-    assert train.find_place(load(['config/train_gpt2.py'])).device.index == index
-    assert chosen == [index]
+    assert find_world(load(['config/train_gpt2.py'])).device == torch.device('cuda', index)
 
 
-def test_a_compiled_shard_has_the_simulated_gradients(tmp_path):
-    """Every all-reduce in a compiled backward pass happens: a group of itself sums what simulating sums."""
-    import torch
-    import torch.distributed as dist
-    from model import GPT, GPTConfig, Ranks
+def all_reduces(call):
+    """How many all-reduces gloo did during call(), compiled code's included."""
+    with torch.profiler.profile() as profile:
+        call()
+    return sum(event.count for event in profile.key_averages() if event.key == 'gloo:all_reduce')
+
+
+def test_a_compiled_shard_has_the_gradients_and_all_reduces_of_the_eager_one(tmp_path):
+    """The other rank's part is missing from both: the process reduces over a group of itself."""
     torch.manual_seed(0)
-    dense = GPT(GPTConfig(block_size=6, vocab_size=32, n_layer=1, n_head=2, n_embd=8, block_types=['spd']))
+    dense = GPT(GPTConfig(block_size=6, vocab_size=32, n_layer=2, n_head=2, n_embd=8, bias=True,
+                          block_types=['parallel', 'spd']))
     idx = torch.randint(32, (3, 6))
-    dense(idx, idx)[1].backward()
     dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
     try:
-        shard = dense.shard(Ranks(2, 2, group=dist.group.WORLD))
-        torch.compile(shard, backend='aot_eager')(idx, idx)[1].backward()
+        eager, shard = (dense.shard(TPGroup(2, 1, dist.group.WORLD)) for _ in range(2))
+        compiled = torch.compile(shard, backend='aot_eager', fullgraph=True)
+        # two of the stream, one of the head backward, two of the cross-entropy forward
+        assert all_reduces(lambda: eager(idx, idx)[1].backward()) == 5
+        assert all_reduces(lambda: compiled(idx, idx)[1].backward()) == 5
     finally:
         dist.destroy_process_group()
-    for name, p in dense.named_parameters():
+    for name, p in eager.named_parameters():
         torch.testing.assert_close(shard.get_parameter(name).grad, p.grad, msg=name)
 
 
 @pytest.mark.parametrize('nodes, groups', [('2', [[0, 2], [1, 3]]), ('4', [[0, 1], [2, 3]])])
 def test_groups_across_nodes_take_one_process_of_each(nodes, groups, monkeypatch):
-    import train
-    from configurator import load
     monkeypatch.setenv('GROUP_WORLD_SIZE', nodes)
     config = load(['config/cpu.py', '--shard=True', '--tp_across_nodes=True'])
-    assert train.tensor_parallel_groups(config, 4) == groups
+    assert lay_out(config, 4) == groups
