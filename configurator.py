@@ -11,6 +11,7 @@ import ast
 import atexit
 import difflib
 import errno
+import json
 import os
 import re
 import signal
@@ -30,13 +31,16 @@ RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]  # b
 
 # the communications of one layer of each block type, by the guide's rule. model.py and variants.py define the
 # blocks; this table is what can be known of them without loading torch
-COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1, 'palm': 1}
+COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1, 'palm': 1, 'fal': 1, 'stale': 1,
+                  'ladder': 2, 'dtp': 2, 'caat': 2}
+CARRYING = ['fal', 'stale', 'ladder']  # each hands something of its own from layer to layer
+SUM_ONLY = ['fal', 'stale', 'ladder', 'dtp', 'caat']  # what they exchange is merged by the sum alone
 # the keys that an experiment varies; the rest of a config is the recipe
-VARIED = {'seed', 'block_types', 'tp_size', 'merge', 'embed_scale', 'perturb'}
+VARIED = {'seed', 'block_types', 'tp_size', 'merge', 'dtp_delay', 'caat_share', 'embed_scale', 'perturb'}
 # the keys that change neither the recipe nor what a run computes
 HOUSEKEEPING = {
     'out_dir', 'plan', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
-    'checkpoint_interval', 'keep_checkpoints',
+    'checkpoint_interval', 'keep_checkpoints', 'keep_optimizer',
     'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
     'tp_across_nodes', 'eval_train_tokens', 'log_drift',
 }
@@ -47,6 +51,7 @@ SEED = (lambda value: 0 <= value < 2**63, 'at least 0 and below 2**63')
 NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
+SHARE = (lambda value: 0 < value <= 1, 'above 0 and at most 1')
 LIMITS = dict(  # of values; GPTConfig checks the model's other keys
     eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, eval_train_tokens=NOT_NEGATIVE,
     log_interval=AT_LEAST_1, checkpoint_interval=AT_LEAST_1, keep_checkpoints=NOT_NEGATIVE, seed=SEED,
@@ -54,8 +59,10 @@ LIMITS = dict(  # of values; GPTConfig checks the model's other keys
     n_layer=LAYERS, learning_rate=POSITIVE, max_iters=NOT_NEGATIVE, weight_decay=NOT_NEGATIVE,
     beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
-    embed_scale=POSITIVE, perturb=NOT_NEGATIVE,
+    embed_scale=POSITIVE, perturb=NOT_NEGATIVE, dtp_delay=NOT_NEGATIVE, caat_share=SHARE,
 )
+# (n_layer, n_head, n_embd, block_size) of the sizes that a run may be named after
+SIZES = {'124M': (12, 12, 768, 1024), '350M': (24, 16, 1024, 1024), '774M': (36, 20, 1280, 1024)}
 RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}
 
 
@@ -68,7 +75,11 @@ def fail(message):
     if os.environ.get('RANK', '0') != '0':
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # a process that is not terminated by then has found what rank 0 did not
-    sys.exit('error: ' + ' '.join(message.split()))
+    message = ' '.join(message.split())
+    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):  # for torchrun's own report
+        details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
+        Path(path).write_text(json.dumps(dict(message=details)), encoding='utf-8')
+    sys.exit(f'error: {message}')
 
 
 class Output:
@@ -270,6 +281,25 @@ def show_help(keys):
     sys.exit()
 
 
+def check_blocks(config):
+    """
+    Check the keys of model.py's GPTConfig that are about its blocks. config: that, or a Config.
+
+    Raises ValueError if a value is out of range, or if the blocks do not go together or with `merge`.
+    """
+    for key in 'dtp_delay', 'caat_share':
+        value, (holds, wanted) = getattr(config, key), LIMITS[key]
+        if not holds(value):
+            raise ValueError(f'{key} is {value}, it must be {wanted}')
+    carrying = [name for name in CARRYING if name in config.block_types]
+    if len(carrying) > 1:
+        raise ValueError(f'block_types has {" and ".join(carrying)}, it must have at most one of '
+                         f'{", ".join(CARRYING)}, which carry different things')
+    summed = [name for name in SUM_ONLY if name in config.block_types]
+    if config.merge != 'sum' and summed:
+        raise ValueError(f'merge is {config.merge}, it must be sum if block_types has {" or ".join(summed)}')
+
+
 def communications(block_types, tp_size):
     """The guide's count: 2 per TP layer, 1 per SPD layer, 2 for the boundaries if any layer is Parallel."""
     if tp_size == 1:
@@ -326,6 +356,14 @@ def complete(config):
     return config
 
 
+def drop_false_size(config):
+    """Drop a size that it does not have from the run's name, unless a flag gave it: a toy is no 124M."""
+    shape = config.n_layer, config.n_head, config.n_embd, config.block_size
+    for size, theirs in SIZES.items():
+        if shape != theirs and not config.sources['wandb_run_name'].startswith('--'):
+            config.wandb_run_name = re.sub(rf'-{size}(?=-|$)', '', config.wandb_run_name)
+
+
 def resolve(config, stems):
     """
     Set the keys that follow from others: each layer's block type, the schedule's end, the run's folder.
@@ -345,6 +383,8 @@ def resolve(config, stems):
             close = difflib.get_close_matches(str(name), COMMUNICATIONS, n=1)
             config.refuse(f'block_types has {name!r} at layer {i}, which is no block type; '
                           + (f'{close[0]}?' if close else f'there are {", ".join(COMMUNICATIONS)}'))
+    with config.refusing():
+        check_blocks(config)
     if config.lr_decay_iters is None:
         config.lr_decay_iters = config.max_iters
     if config.min_lr is None:
@@ -357,6 +397,7 @@ def resolve(config, stems):
         if (value := getattr(config, key)) is not None and not value.strip():
             config.refuse(f'{key} is {value!r}, it must not be empty')
     config.wandb_run_name = '-'.join([config.wandb_run_name, *stems])
+    drop_false_size(config)
     if config.out_dir is None:
         config.out_dir = f'out/{config.wandb_run_name}'
 
@@ -366,7 +407,8 @@ def load(argv):
     argv, as in sys.argv[1:] -> Config. Ends the program, in one line, if anything in it is wrong.
 
     The run's name is the last wandb_run_name and the names of the config files after the one that set it:
-    `train_gpt2_12comm.py cpu.py` is gpt2-124M-12comm-cpu, so a toy never shares a folder with a full run.
+    `train_gpt2_12comm.py cpu.py` is gpt2-12comm-cpu, so a toy never shares a folder with a full run, and
+    124M stands only in the name of a run of that size.
     """
     keys = read_defaults()
     if '--help' in argv or '-h' in argv:

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.corpus import open_corpus
 from data.dataloader import TrainLoader, val_batches
 from model import GPT, count_all_reduces
-from training.checkpoint import Writer, resume
+from training.checkpoint import Writer, start
 from training.distributed import all_reduce_sum, find_world, joined, on_rank0, require_agreement
 from training.drift import measure_drift
 from training.logger import Log, introduction
@@ -74,7 +74,7 @@ def build_model(config, model_config, world):
     dense = GPT(model_config)
     if config.perturb:
         perturb_weights(dense, config.perturb, config.seed)
-    size = dict(all_reduces=vars(observe_all_reduces(dense)), parameters=dense.num_params(),
+    size = dict(all_reduces=summary(observe_all_reduces(dense), config.dtype), parameters=dense.num_params(),
                 flops_per_token=dense.flops_per_token())
     model = dense if world.tp is None else dense.shard(world.tp)
     return model.to(world.device), size
@@ -102,6 +102,17 @@ def observe_all_reduces(model):
         p.requires_grad_(p.grad is not None)
     model.zero_grad(set_to_none=True)
     return observed
+
+
+def summary(observed, dtype):
+    """
+    The AllReduces of a pass over one token in float32, for run.json, with the bytes that they have in dtype.
+
+    Both passes have the bytes; blocking and hidden are forward.
+    """
+    size = sum(size for _, _, size in observed) * getattr(torch, dtype).itemsize // torch.float32.itemsize
+    return dict(forward=observed.forward, backward=observed.backward, blocking=observed.blocking,
+                hidden=observed.hidden, bytes_per_token=size)
 
 
 class Network:
@@ -320,11 +331,12 @@ def main(argv):
     with joined(config, world, loader.micro_batch) as world:
         with config.refusing():
             require_agreement(facts(config, corpus), world)
-            if not config.eval_only and (result := on_rank0(lambda: claim(config), world)):
+            result, resuming = on_rank0(lambda: claim(config), world)
+            if result:
                 return world.say(result)  # finished already
             raw_model, size = build_model(config, model_config, world)
             net = Network(raw_model, config)
-            state, saved_step, messages = resume(net, config, corpus, world)
+            state, saved_step, messages = start(net, resuming, config, corpus, world)
         if config.eval_only:
             loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
             words = f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}'

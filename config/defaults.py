@@ -12,8 +12,9 @@ log_drift: bool = False  # log how far apart the ranks' streams are, at evaluati
 eval_only: bool = False  # evaluate once and stop
 always_save_checkpoint: bool = True  # save at every evaluation; False: only at the best so far
 checkpoint_interval: int | None = None  # updates between saves instead, besides the best so far
+keep_optimizer: bool = True  # False: a finished run's checkpoints lose AdamW's state, two thirds of them
 keep_checkpoints: int = 0  # earlier checkpoints to keep besides the latest, named by step
-init_from: Literal['scratch', 'resume'] = 'scratch'  # resume: continue from out_dir/ckpt.pt
+init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'  # from out_dir/ckpt.pt; auto: if it is there
 plan: str | None = None  # a file that states the experiment before it runs; run.json keeps its text
 seed: int = 1337  # of initial weights, batches and dropout
 
@@ -36,7 +37,9 @@ dropout: float = 0.0  # of embeddings, attention and sublayers' outputs
 bias: bool = False  # biases in linear layers and LayerNorms
 tp_size: int = 2  # tensor-parallel ranks, R; 1 is the dense control
 block_types: list | None = None  # a type for each layer, or a pattern: tp,spd,spd; None: all tp
-merge: Literal['sum', 'mean'] = 'sum'  # how a sync merges what the ranks have added
+merge: Literal['sum', 'mean', 'rsqrt', 'desync'] = 'sum'  # how a sync merges what the ranks have added
+dtp_delay: int = 1  # sublayers until the sum over ranks enters, in dtp blocks
+caat_share: float = 0.5  # of the channels, those that a sync of caat blocks sums
 embed_scale: float = 1.0  # times the embeddings, where the residual stream starts
 perturb: float = 0.0  # relative size of a random change of the initial weights, for the noise floor
 

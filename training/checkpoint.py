@@ -86,6 +86,22 @@ def save(out_dir, state, best, keep):
             path.unlink()
 
 
+def drop_optimizer(out_dir):
+    """Take AdamW's state out of all checkpoints; a run that resumes from them starts its moments anew."""
+    folder, done = Path(out_dir), {}
+    for path in [folder / 'ckpt.pt', folder / 'ckpt-previous.pt', folder / 'ckpt-best.pt', *kept(out_dir)]:
+        if path.exists():
+            file = path.stat().st_ino
+            if file in done:  # another name of a file that has been written anew
+                link_as(done[file], path.name)
+                continue
+            saved = load(path)
+            saved['optimizer']['state'] = {}
+            with atomic_write(path) as stripped:
+                torch.save(saved, stripped)
+            done[file] = path
+
+
 def load(path):
     """
     A checkpoint: a dict of tensors, numbers and strings, on the CPU. No code in it is ever run.
@@ -169,16 +185,16 @@ def load_dense_state(net, saved):
     net.optimizer.load_state_dict(dict(net.optimizer.state_dict(), state=moments))
 
 
-def resume(net, config, corpus, world):
+def start(net, resuming, config, corpus, world):
     """
-    If init_from is resume, load the newest readable checkpoint of out_dir into net. Rank 0 reads it and sends
-    it to all. Collective.
+    If resuming, load the newest readable checkpoint of out_dir into net. Rank 0 reads it and sends it to all.
+    Collective.
 
-    Returns (its Progress, its step if it is ckpt.pt, messages to log); else a new Progress.
+    Returns (the run's Progress, its step if it is that of ckpt.pt, messages to log).
 
     Raises ValueError, in one line, if none fits.
     """
-    if config.init_from != 'resume':
+    if not resuming:
         return Progress(), None, []
     messages, saved = [], None
 
@@ -281,6 +297,8 @@ class Writer:
         done = self.saved_step == self.state.iter and self.state.evaluated == self.config.max_iters
         # all leave together: torchrun terminates the others once one has left
         finished = broadcast(done, self.world)
+        if finished and self.world.rank0 and not self.config.keep_optimizer:
+            drop_optimizer(self.config.out_dir)
         self.note('finished' if finished else 'resumable')
         return finished
 

@@ -7,13 +7,14 @@ import json
 import math
 import os
 import sys
+import textwrap
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from configurator import fail
+from configurator import fail, read_defaults
 from training.distributed import peak_flops
 
 # of run.json, beside the config: what dashboards filter and plot by
@@ -37,7 +38,19 @@ def introduction(info):
             f'({reduced["forward"]} all-reduces forward, {reduced["backward"]} backward)',
             f'{info["corpus"]["corpus"]}, {info["tokens_per_step"]:,} tokens a step',
             f'{info["processes"]} x {info["device"]}, {versions}, commit {info["git_commit"]}',
-            f'config: {json.dumps(info["config"])}']
+            *readable(info['config'])]
+
+
+def readable(config):
+    """A config as lines: what differs from config/defaults.py, and a warning if it never leaves warmup."""
+    defaults = {key: default for key, (default, _, _) in read_defaults().items()}
+    keys = [f'{key}={json.dumps(value)}' for key, value in config.items() if value != defaults.get(key)]
+    words = 'config, beside config/defaults.py: ' + ', '.join(keys)
+    lines = textwrap.wrap(words, 110, break_long_words=False)
+    if config['decay_lr'] and config['warmup_iters'] >= config['max_iters'] > 0:
+        lines.append(f'warning: warmup_iters is {config["warmup_iters"]}, max_iters {config["max_iters"]}: '
+                     f'the rate never reaches learning_rate, {config["learning_rate"]:g}')
+    return lines
 
 
 class Log:

@@ -194,10 +194,16 @@ def claim(config):
     Lock out_dir for this run. Nothing there is overwritten, except metrics of a run that never reached a
     checkpoint.
 
-    Returns the result, in words, of a run that is finished already, else None. Raises ValueError if out_dir
-    is not this run's to write.
+    Returns (result, resuming): the result, in words, of a run that is finished already, else None; whether
+    the run continues from a checkpoint. Raises ValueError if out_dir is not this run's to write.
     """
-    out_dir, resume = config.out_dir, config.init_from == 'resume'
+    out_dir, told_to = config.out_dir, config.init_from == 'resume'
+    saved = has_checkpoint(out_dir)
+    resuming = told_to or (config.init_from == 'auto' and saved)
+    if resuming and not saved:
+        raise ValueError(f'init_from is resume, but {out_dir} has no checkpoint')
+    if config.eval_only:
+        return None, resuming
     try:
         os.makedirs(out_dir, exist_ok=True)
         lock(out_dir)
@@ -206,20 +212,19 @@ def claim(config):
         if os.path.islink(out_dir) and not os.path.exists(out_dir):
             why = f'it is a link to {os.readlink(out_dir)}, which does not exist'
         raise ValueError(f'out_dir is {out_dir}, which cannot be written: {why}') from None
-    info, saved = read_info(out_dir), has_checkpoint(out_dir)
+    info = read_info(out_dir)
     changed = differences(info['config'], vars(config)) if info else {}
     finished = info is not None and info['state'] == 'finished'
     if finished and not changed:
         loss = math.nan if info['val_loss'] is None else info['val_loss']
-        return f'{info["name"]} is finished: val loss {loss:.4f}, step {info["iter"]} ({out_dir})'
-    if resume and not saved:
-        raise ValueError(f'init_from is resume, but {out_dir} has no checkpoint')
+        return f'{info["name"]} is finished: val loss {loss:.4f}, step {info["iter"]} ({out_dir})', False
     longer = finished and config.max_iters > info['iter']  # a finished run may be continued to more steps
-    if changed and not (resume and (longer or not finished)):
+    if changed and not (told_to and (longer or not finished)):
         raise ValueError(f'out_dir is {out_dir}, which holds another run ({told(changed)}); '
                          'choose another --out_dir')
-    if saved and not resume:
+    if saved and not resuming:
         raise ValueError(f'out_dir is {out_dir}, which holds this run unfinished; --init_from=resume goes on')
+    return None, resuming
 
 
 def read_plan(path):
