@@ -1,15 +1,20 @@
 """
-Compare runs: validation loss against communications, from the files that train.py wrote, with uncertainty.
+Compare runs: how few communications are as good as dense, from the files that train.py wrote.
 
     python compare.py                                       # every run folder under out/
     python compare.py out/*-cpu-seed* --out=results         # these, with the outputs in another folder
+    python compare.py out --tuned=learning_rate --tuning_seeds=1,2  # each config at its own best rate
     python compare.py out --link=25,30                      # loss against the step time predicted for a link
     python compare.py out/width64 out/width128 --mix        # runs of several widths, and the trend
     python compare.py --from_wandb=someone/owt --wandb      # read runs from W&B, log the outputs to it
 
-A run is paired with the dense control of the same seed, data and recipe; that difference is what counts. Runs
-that did not finish are listed and are in no mean. Tables and answers to the guide's questions are printed,
-and table.md, table.csv, table.json, report.html and the plots are written to --out.
+A run is paired with the dense control of the same seed, data and recipe. A config is better than dense, as
+good within the margin, worse, or undecided; the first line names the fewest communications that are shown to
+be as good. With --tuned, each config is at its best value of a key, chosen on the tuning seeds, and judged on
+the others. A plan that the runs carry gives the margin and the seeds, and says what was planned.
+
+Runs that did not finish are listed and are in no mean. The answer, the table and what is open are printed;
+table.md, table.csv, table.json, report.html and the plots are written to --out.
 """
 
 import argparse
@@ -19,14 +24,70 @@ import shlex
 import sys
 from pathlib import Path
 
-from analysis.answers import answers
-from analysis.report import log_to_wandb, markdown, page, terminal_table, write_csv, write_json
-from analysis.runs import group, read_run, read_wandb, refuse_mixed, subject
 from configurator import fail, model_vocab_size
 from training.rundir import find_runs
 
 
-def missing_notes(rows, unfinished):
+def parse_link(text):
+    """--link's 'Gbit/s,microseconds' as two floats."""
+    try:
+        gbit, latency = map(float, text.split(','))
+    except ValueError:
+        gbit = latency = math.nan
+    if not (0 < gbit < math.inf and 0 < latency < math.inf):
+        raise argparse.ArgumentTypeError(f'it is {text}, it must be Gbit/s and microseconds, as in 25,30')
+    return gbit, latency
+
+
+def parse_seeds(text):
+    """--tuning_seeds as a tuple of numbers."""
+    try:
+        return tuple(map(int, text.split(',')))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'it is {text}, it must be seeds, as in 1,2') from None
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', nargs='*', type=Path, help='run folders, or folders of them; default: out')
+    parser.add_argument('--out', type=Path, default=Path('out/compare'), help='default: %(default)s')
+    parser.add_argument('--mix', action='store_true', help='corpora, recipes and lengths may differ')
+    parser.add_argument('--level', type=float, help='the loss to time convergence to; default: one all reach')
+    parser.add_argument('--margin', type=float, help="nats above dense that are as good; the plan's, or 0.02")
+    parser.add_argument('--tuned', metavar='KEY', help='each config at its best value of this key')
+    parser.add_argument('--tuning_seeds', type=parse_seeds, metavar='SEEDS', default=(),
+                        help='the seeds that choose it, 1,2 for example; the others give the answer')
+    parser.add_argument('--link', type=parse_link, metavar='GBIT,US', help='predict step times for a link')
+    parser.add_argument('--wandb', action='store_true', help='log the outputs to W&B, too')
+    parser.add_argument('--from_wandb', metavar='ENTITY/PROJECT', help='read the runs of a W&B project')
+    parser.error = lambda message: fail(f'{message}; see python compare.py --help')
+    args = parser.parse_args(argv)
+    if args.level is not None and not math.isfinite(args.level):
+        fail(f'--level is {args.level}, it must be a finite loss, in nats per token')
+    if args.margin is not None and not 0 < args.margin < math.inf:
+        fail(f'--margin is {args.margin}, it must be a number of nats above 0, such as 0.02')
+    if (args.wandb or args.from_wandb) and importlib.util.find_spec('wandb') is None:
+        fail(f'--{"wandb" if args.wandb else "from_wandb"} needs wandb, which is not installed: '
+             'pip install wandb')
+    return args
+
+
+if __name__ == '__main__':
+    parse_args(sys.argv[1:])  # --help and mistakes are reported before scipy and matplotlib are loaded
+
+from analysis.answers import answers, exploratory, headlines
+from analysis.findings import find_all
+from analysis.plan import plan_of
+from analysis.plots import draw_all
+from analysis.report import Report, log_to_wandb, markdown, page, screen, write_csv, write_json
+from analysis.runs import group, read_run, read_wandb, refuse_mixed
+from analysis.tuning import Tuned, check_tuned
+from analysis.unanswered import open_questions
+from analysis.verdicts import MARGIN
+
+
+def missing_notes(rows, unfinished, finished=()):
     """What a reader must know is not in the table."""
     notes = [f'not in the table: {run.folder}: {run.trouble}' for run in unfinished]
     for row in rows:
@@ -34,11 +95,16 @@ def missing_notes(rows, unfinished):
             continue
         alone = [str(seed) for seed in row.runs if row.control is None or seed not in row.control.runs]
         if row.control is None:
-            notes.append(f'{row.name}: no dense control among these runs, so its difference is blank')
+            notes.append(f'{row.title}: no dense control among these runs, so its difference is blank')
         elif alone:
-            notes.append(f'{row.name}: no dense control of seed {", ".join(alone)}, not in its difference')
+            notes.append(f'{row.title}: no dense control of seed {", ".join(alone)}, not in its difference')
     if any(row.control and row.runs.keys() != row.control.runs.keys() for row in rows):
         notes.append('val losses are means over different seeds: compare the differences, not the losses')
+    tuned = {run for row in rows if row.tuning for own in row.tuning.runs.values() for run in own.values()}
+    in_rows = tuned | {run for row in rows for run in row.runs.values()}
+    waiting = [str(run.folder) for run in finished if run not in in_rows]
+    if waiting:
+        notes.append(f'in no row: its config has no answer yet at its best value: {", ".join(waiting)}')
     return notes
 
 
@@ -78,37 +144,6 @@ def step_predictor(runs, link):
     return predict, reasons, words
 
 
-def parse_link(text):
-    """--link's 'Gbit/s,microseconds' as two floats."""
-    try:
-        gbit, latency = map(float, text.split(','))
-    except ValueError:
-        gbit = latency = math.nan
-    if not (0 < gbit < math.inf and 0 < latency < math.inf):
-        raise argparse.ArgumentTypeError(f'it is {text}, it must be Gbit/s and microseconds, as in 25,30')
-    return gbit, latency
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folders', nargs='*', type=Path, help='run folders, or folders of them; default: out')
-    parser.add_argument('--out', type=Path, default=Path('out/compare'), help='default: %(default)s')
-    parser.add_argument('--mix', action='store_true', help='corpora, recipes and lengths may differ')
-    parser.add_argument('--level', type=float, help='the loss to time convergence to; default: one all reach')
-    parser.add_argument('--link', type=parse_link, metavar='GBIT,US', help='predict step times for a link')
-    parser.add_argument('--wandb', action='store_true', help='log the outputs to W&B, too')
-    parser.add_argument('--from_wandb', metavar='ENTITY/PROJECT', help='read the runs of a W&B project')
-    parser.error = lambda message: fail(f'{message}; see python compare.py --help')
-    args = parser.parse_args(argv)
-    if args.level is not None and not math.isfinite(args.level):
-        fail(f'--level is {args.level}, it must be a finite loss, in nats per token')
-    if (args.wandb or args.from_wandb) and importlib.util.find_spec('wandb') is None:
-        fail(f'--{"wandb" if args.wandb else "from_wandb"} needs wandb, which is not installed: '
-             'pip install wandb')
-    return args
-
-
 def read_runs(args):
     """(the runs that the flags name, the folders among them that hold none)"""
     folders, empty = find_runs(args.folders or ([] if args.from_wandb else [Path('out')]))
@@ -118,40 +153,64 @@ def read_runs(args):
     return runs, empty
 
 
+def find_tuned(args, plan):
+    """The Tuned that the flags ask for, or else the plan; None for none. Ends the program if it cannot be."""
+    if args.tuned is None and args.tuning_seeds and (plan is None or plan.tuned is None):
+        fail('--tuning_seeds needs --tuned: the key whose best value they choose')
+    key = args.tuned or (plan and plan.tuned)
+    if key is None:
+        return None
+    seeds = args.tuning_seeds or (plan.tuning_seeds if plan else ())
+    check_tuned(key, seeds)
+    return Tuned(key, seeds, plan.answer_seeds if plan else ())
+
+
+def departures(args, plan):
+    """Where the flags depart from the plan, as notes."""
+    if plan is None:
+        return []
+    return [f'--{key} is {getattr(args, key)}, the plan says {getattr(plan, key)}: so all is exploratory'
+            for key in ('margin', 'tuned', 'tuning_seeds')
+            if getattr(args, key) not in (None, ()) and getattr(args, key) != getattr(plan, key)]
+
+
 def main(argv):
     args = parse_args(argv)
-    from analysis.plots import draw_all  # takes a second for matplotlib, after the flags are checked
     runs, empty = read_runs(args)
+    plan, notes = plan_of([run for run in runs if run.info])
+    tuned = find_tuned(args, plan)
     if not args.mix:
-        refuse_mixed([run for run in runs if run.info])
+        refuse_mixed([run for run in runs if run.info], tuned)
     finished, unfinished = ([run for run in runs if bool(run.trouble) is bad] for bad in (False, True))
     predict, reasons, link = step_predictor(finished, args.link) if args.link else (None, {}, None)
-    rows = group(finished, args.level, predict)
-    notes = missing_notes(rows, unfinished) + [f'{path}: no run in it' for path in empty if path != args.out]
+    diverged = [run for run in unfinished if run.trouble.startswith('diverged')]
+    rows = group(finished, args.level, predict, tuned, diverged)
+    notes += departures(args, plan) + missing_notes(rows, unfinished, finished)
+    notes += [f'{path}: no run in it' for path in empty if path != args.out]
     if not rows:
         fail('; '.join(['no finished run to compare', *notes]))
-    notes += [f'{row.name}: its step time is not predicted: {reasons[row.first]}'
+    notes += [f'{row.title}: its step time is not predicted: {reasons[row.first]}'
               for row in rows if row.first in reasons]
 
-    answered = answers(rows, link)
+    found = find_all(rows, args.margin or (plan and plan.margin) or MARGIN, tuned, plan, link)
     command = shlex.join(['python', 'compare.py', *argv])
-    print(subject([row.first for row in rows]), terminal_table(rows), *notes, sep='\n')
-    for question, answer in answered:
-        print('', question, *(f'    {line}' for line in answer), sep='\n')
+    report = Report(command, headlines(found), exploratory(found), answers(found),
+                    open_questions(found, command), notes, unfinished)
+    print(screen(found, report))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         plots = draw_all(rows, args.out)
-        (args.out / 'table.md').write_text(markdown(rows, notes, answered, plots, command))
-        (args.out / 'report.html').write_text(page(rows, notes, answered, plots, command, args.out))
-        write_csv(args.out / 'table.csv', rows, unfinished)
-        write_json(args.out / 'table.json', rows, unfinished, notes, answered, link, command)
+        (args.out / 'table.md').write_text(markdown(found, report, plots))
+        (args.out / 'report.html').write_text(page(found, report, plots, args.out))
+        write_csv(args.out / 'table.csv', found, unfinished)
+        write_json(args.out / 'table.json', found, report)
     except OSError as error:
         fail(f'--out is {args.out}, which cannot be written: {error.strerror}')
     print(f'\nwritten to {args.out}: table.md, table.csv, table.json, report.html and {len(plots)} plots')
     if args.wandb:
         import wandb
         try:
-            log_to_wandb(rows, answered, plots, args.out, command)
+            log_to_wandb(found, report, plots, args.out)
         except (wandb.Error, OSError) as error:
             fail(f'--wandb: all is in {args.out}, but W&B failed, {type(error).__name__}: {error}')
 

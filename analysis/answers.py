@@ -1,33 +1,98 @@
 """
-The guide's questions, answered in words from the findings.
+The findings in words: the answer in a line, and the guide's questions.
 
-An answer is a list of lines. It says so if the runs cannot tell: the guide's thresholds hold for one model,
-length and tokenizer; one seed has no interval; and nothing below the rounding floor is called a difference.
+Verdicts are those of verdicts.py. The guide's thresholds hold for one model, length and tokenizer, and are
+applied nowhere else.
 """
 
 import math
-from collections import Counter
+from typing import NamedTuple
 
+from analysis.families import POWER
 from analysis.findings import (
+    ASYNC_TP,
     FULL_WIDTH,
     GOALS,
-    GUIDE_SCOPE,
     TARGET,
     by_note,
-    comparisons,
+    count,
     curve_name,
     curves,
+    exact_rivals,
     fastest_first,
-    fit_bend,
     front,
+    gap_to_dense,
     highest_norm,
     in_scope,
     largest_drift,
-    width_trends,
+    step_ratio,
+    time_ratio,
 )
-from analysis.runs import SPIKE, estimate, judge, paired, simulated, to_dense, verdict
+from analysis.runs import SPIKE, estimate, paired, to_dense
+from analysis.verdicts import ALPHA, PASSES
 
-UNANSWERED = 'Not answerable from these runs'
+
+class Answered(NamedTuple):
+    """A question with its answer, in lines, the first of which is the shortest answer."""
+    question: str
+    lines: list
+
+
+# the answer
+
+
+def counted(row):
+    """Its communications and observed all-reduces, in words."""
+    counts = row.all_reduces['forward']
+    return f'{row.communications} communications ({counts} all-reduce{"s" * (counts != 1)})'
+
+
+def shown(row):
+    """A row's verdict with its numbers."""
+    verdict = row.verdict
+    if verdict.upper is None:
+        return f'{row.word or "no verdict"}, {verdict.difference:+.4f}'
+    return f'{row.word}, {verdict.difference:+.4f}, upper bound {verdict.upper:+.4f}'
+
+
+def headline(answer, margin, key=None):
+    """An Answer as a sentence. key: the tuned one."""
+    where = f'tp_size {answer.tp_size}{answer.note}'
+    start = ('' if answer.tuned else 'At one learning rate, untuned: ' if key in (None, 'learning_rate')
+             else f'At one {key}, untuned: ')
+    if answer.preliminary:
+        start = f'Preliminary, from the seeds that chose {key}: {start}'
+    if not answer.tested:
+        return f'{start}no net of tp, spd and parallel layers to judge ({where})'
+    failure, row = answer.first_failure, answer.row
+    if row is None or row.word == 'identical':
+        fewer = ' below the full count, which is dense itself,' if row else ''
+        return (f'{start}no number of communications{fewer} is shown to be as good as dense within '
+                f'{margin:g} ({where}){stopped(failure, answer)}')
+    return (f'{start}{counted(row)} are the fewest shown to be as good as dense within {margin:g}: '
+            f'{row.blocks}, {where}, difference {row.verdict.difference:+.4f}, one-sided 95% upper bound '
+            f'{row.verdict.upper:+.4f} (n={row.verdict.n}){stopped(failure, answer)}')
+
+
+def stopped(failure, answer):
+    """Where the answer stopped, and the seeds that would go on."""
+    if failure is None:
+        return ''
+    if failure.verdict.difference is None or failure.word == '':
+        return f'; {failure.blocks} has no verdict yet, which takes about {answer.seeds} seeds'
+    if failure.word == 'worse':
+        return f'; {failure.blocks} is {shown(failure)}'
+    return (f'; {failure.blocks} is {shown(failure)}: {answer.seeds} seeds show it, with {POWER:.0%} power, '
+            'if it equals dense')
+
+
+def headlines(found):
+    """The answer for each recipe and tp_size, the first of which is the answer. At least one line."""
+    key = found.tuned and found.tuned.key
+    if not any(row.dense for row in found.rows):
+        return ['No answer: there is no dense control among these runs']
+    return [headline(answer, found.margin, key) for answer in found.answers] or [
+        'No answer: no tensor-parallel run has finished beside its dense control']
 
 
 # the guide's thresholds
@@ -49,108 +114,144 @@ def caveat(rows):
     return []
 
 
-def goal(rows, communications, limit):
-    """The answer to a threshold question: absolute if the threshold applies, and relative to dense."""
-    rows = [row for row in rows if not row.dense and row.plain and row.communications == communications]
-    if not rows:
-        return [f'{UNANSWERED}: no run with {communications} communications has finished']
+def thresholds(rows):
+    """The guide's limits of the loss, for the rows to which they apply."""
     scoped = [row for row in rows if in_scope(row.first)]
-    lines = [f'{row.title}: {below(row, limit)}' for row in scoped] + caveat(scoped)
-    if len(scoped) < len(rows):
-        lines.append(f'{UNANSWERED} in its absolute form: the thresholds are for {GUIDE_SCOPE}')
-    return lines + [f'relative form, {row.title} minus dense: {verdict(to_dense(row), row.floor)}'
-                    for row in rows]
-
-
-def closeness(rows):
-    """How close each row comes to the guide's target."""
-    scoped = [row for row in rows if in_scope(row.first)]
-    if not scoped:
-        return [f'{UNANSWERED}: {TARGET} is for {GUIDE_SCOPE}']
+    found = []
+    for question, communications, limit in GOALS if scoped else ():
+        own = [row for row in scoped if not row.dense and row.plain and row.communications == communications]
+        found.append(Answered(question, [f'{row.title}: {below(row, limit)}' for row in own] + caveat(own)))
     away = [(row, estimate([loss - TARGET for loss in row.losses.values()])) for row in scoped]
-    return [f'{row.title}: {distance} away' for row, distance in away] + caveat(scoped)
+    found.append(Answered(f'How close to {TARGET}?',
+                          [f'{row.title}: {distance} away' for row, distance in away] + caveat(scoped)))
+    return [one for one in found if one.lines]
 
 
-# comparisons and cliffs
+# each config, the floor, pairs, cliffs
 
 
-def compared(rows, kind, missing):
-    """The comparisons of a kind, and how many of them got each verdict. missing: what to say without any."""
-    found = [comparison for comparison in comparisons(rows) if comparison.kind == kind]
-    if not found:
-        return [f'{UNANSWERED}: {missing}']
-    lines = [f'{one.first.title} minus {one.second.title}: {verdict(one.difference, one.first.floor)}'
-             for one in found]
-    if len(found) > 1:
-        counts = Counter(one.verdict.partition(',')[0] for one in found)
-        lines.append(f'in all {len(found)}: ' + ', '.join(f'{n} {word}' for word, n in counts.most_common())
-                     + '; each interval is for one comparison, not for all of them together')
+def exploratory(found):
+    """Which of the rows and pairs were planned, and which were not."""
+    if found.plan is None:
+        return ['no plan came with these runs: every comparison is exploratory']
+    planned = [row.title for row in found.rows if row.planned and not row.dense]
+    planned += [pair_name(one) for one in found.comparisons if one.planned]
+    other = [row.title for row in found.rows if not row.planned]
+    pairs = sum(not one.planned for one in found.comparisons)
+    return [f'planned in {found.plan.file} (sha256 {found.plan.sha256[:12]}): '
+            + ('; '.join(planned) or 'none of these'),
+            f'exploratory: {"; ".join(other) or "no config"}; {pairs} pairs']
+
+
+def identity(rows):
+    """What the configs that compute dense's own function differ by, as lines."""
+    lines = []
+    for row in rows:
+        if row.word == 'identical' and row.control:
+            gaps = [abs(row.losses[seed] - loss) for seed, loss in row.control.losses.items()
+                    if seed in row.losses]
+            exact = 'equal to dense to the last bit' if not any(gaps) else f'within {max(gaps):.1e} of dense'
+            lines.append(f'{row.title}: {exact} in {len(gaps)} seeds, as the same function must be; this '
+                         'checks the program and tests nothing')
     return lines
 
 
-def cliff(curve):
-    """Whether a curve has a cliff: the verdict, the test, the shapes."""
-    found = fit_bend(curve)
-    if found is None:
-        return [f'{UNANSWERED}: it takes four counts that share a seed, here are {len(curve)} counts']
-    curve, left = found.curve, found.residuals
-    counts = ', '.join(str(row.communications) for row in curve)
-    test = ('one seed, no test' if found.p is None else
-            f't-test of the bend over n={len(found.seeds)} seeds, times {len(curve) - 2} for the choice of '
-            f'where: p = {found.p:.2g}')
+def floor(found):
+    return [f'{one.row.blocks}: off by {one.size:.4f} (root mean square of {one.n} seeds, at most '
+            f'{one.largest:.4f}); a single paired difference of that size shows nothing'
+            for one in found.floors]
+
+
+def pair_name(one):
+    return f'{one.first.title} minus {one.second.title}'
+
+
+def pairs(found, *kinds):
+    """The comparisons of these kinds in words, the planned and the clear ones first."""
+    own = sorted((one for one in found.comparisons if one.kind in kinds and one.difference),
+                 key=lambda one: (not one.planned, one.verdict not in ('lower', 'higher')))
+    lines = []
+    for one in own:
+        adjusted = '' if one.p_holm is None else f', p {one.p:.2g}, by Holm {one.p_holm:.2g}'
+        plan = '' if one.planned else ' (exploratory)'
+        lines.append(f'{pair_name(one)}: {one.difference}: {one.verdict}{adjusted}{plan}')
+    if len(own) > 1:
+        words = [one.verdict for one in own]
+        lines.insert(0, f'of {len(own)} pairs: ' + ', '.join(
+            f'{words.count(word)} {word}' for word in dict.fromkeys(words)) + ', adjusted by Holm')
+    return lines
+
+
+def cliff(curve, bend):
+    """Whether a curve has a cliff: the verdict, the test, the shapes. Nothing if it has too few counts."""
+    if bend is None:
+        return []
+    curve, left = bend.curve, bend.residuals
+    counts = ', '.join(str(count(row)) for row in curve)
+    test = ('one seed, no test' if bend.p is None else
+            f't-test of the bend over n={len(bend.seeds)} seeds, times {len(curve) - 2} for the choice of '
+            f'where: p = {bend.p:.2g}' + ('' if bend.p_holm is None else f', by Holm {bend.p_holm:.2g}'))
     return [
-        f'{cliff_verdict(found)}; {curve[-1].communications} minus {found.at} communications: {found.rise}',
-        f'two lines that meet at {found.at} against a straight one, over {counts}: {found.slopes[0]:+.5f} '
-        f'nats per communication dropped before, {found.slopes[1]:+.5f} after; {test}',
+        f'{cliff_verdict(bend)}; {count(curve[-1])} minus {bend.at} all-reduces: {bend.rise}',
+        f'two lines that meet at {bend.at} against a straight one, over {counts} all-reduces: '
+        f'{bend.slopes[0]:+.5f} nats per all-reduce dropped before, {bend.slopes[1]:+.5f} after; {test}',
         f'linear, logarithmic or cliff-like: of the squares that a straight line leaves, a logarithm leaves '
         f'{left["logarithm"] / (left["straight"] or 1):.0%}, the two lines '
         f'{left["bent"] / (left["straight"] or 1):.0%}']
 
 
-def cliff_verdict(found):
+def cliff_verdict(bend):
     """The verdict on a Bend."""
-    rise, at, fewest, floor = found.rise, found.at, found.curve[-1].communications, found.curve[0].floor
+    rise, at, last = bend.rise, bend.at, bend.curve[-1]
+    low_end = to_dense(last)
     if rise.mean <= 0:
-        return f'no: the loss does not rise from {at} communications to {fewest}'
-    if floor is not None and rise.mean <= floor:
-        return f'none seen: the rise from {at} to {fewest} is within the rounding floor of {floor:.1e}'
-    if found.bend.mean <= 0:
-        return f'no: from {at} communications to {fewest} the loss does not rise more steeply than before'
-    if found.p is None:
-        return f'{UNANSWERED}: one seed, no interval, so no test; the bend is at {at} communications'
-    if found.p >= 0.05 or not rise.clear:
-        return f'none shown: a bend at {at} communications is not told apart from a straight line'
-    if found.residuals['logarithm'] <= 2 * found.residuals['bent']:
-        return f'no: the loss bends at {at} communications, but as a logarithm does: gradual'
-    return f'yes: below {at} communications the loss rises more steeply'
+        return f'no: the loss does not rise from {at} all-reduces to {count(last)}'
+    if bend.bend.mean <= 0:
+        return f'no: from {at} all-reduces to {count(last)} the loss does not rise more steeply than before'
+    if low_end is not None and (low_end.mean <= 0 or low_end.half is not None and not low_end.clear):
+        return f'no: the low end, {count(last)} all-reduces, is not shown to lie above dense, {low_end}'
+    if bend.p is None:
+        return f'not tested: one seed, no interval; the bend is at {at} all-reduces'
+    p = bend.p if bend.p_holm is None else bend.p_holm
+    if p >= ALPHA or not rise.clear:
+        return f'none shown: a bend at {at} all-reduces is not told apart from a straight line'
+    if bend.residuals['logarithm'] <= 2 * bend.residuals['bent']:
+        return f'no: the loss bends at {at} all-reduces, but as a logarithm does: gradual'
+    return f'yes: below {at} all-reduces the loss rises more steeply'
+
+
+def all_cliffs(found):
+    return [f'{curve_name(curve[0])}: {line}' for curve, bend in found.bends for line in cliff(curve, bend)]
 
 
 # loss against time
 
 
-def sweet_spot(rows, link):
-    """Which config gives the most for its predicted step time. link: as in answers()"""
-    if link is None:
-        return [f'{UNANSWERED}: no link was given; --link=25,30 predicts step times for 25 Gbit/s and 30 us']
+def as_ratio(logs):
+    """An Estimate of a logarithm as a ratio with its interval."""
+    if logs.half is None:
+        return f'{math.exp(logs.mean):.2f} ({f"n={logs.n}" if logs.n > 1 else "one seed, no interval"})'
+    return f'{math.exp(logs.mean):.2f} [{math.exp(logs.low):.2f}, {math.exp(logs.high):.2f}] (n={logs.n})'
+
+
+def sweet_spot(found):
+    """Which config gives the most for its predicted step time."""
     lines = []
-    for note, own in by_note([row for row in rows if not row.dense]).items():
-        timed, best = fastest_first(own), front(own)
+    for note, own in by_note([row for row in found.rows if not row.dense]).items():
+        timed = fastest_first(own)
         if not timed:
             continue
-        lines.append(f'Pareto front{note}, fastest first: ' + '; '.join(
-            f'{row.title} {row.seconds * 1e3:.4g} ms, {to_dense(row)}' for row in best))
-        safe = [row for row in timed if judge(to_dense(row), row.floor).startswith(('lower', 'no diff'))]
+        safe = [row for row in timed if row.word in PASSES]
         lines.append(f'the fastest shown to be no worse than dense{note}: '
                      + (f'{safe[0].title}, {safe[0].seconds * 1e3:.4g} ms' if safe else 'none'))
-    if not lines:
-        return [f'{UNANSWERED}: no step time could be predicted for a config that has a dense control']
-    return lines + [f'step times are predicted for {link}, not measured; the front goes by means, and '
-                    'configs on it whose intervals overlap are not told apart']
+        lines.append(f'Pareto front by verdict{note}, fastest first: ' + '; '.join(
+            f'{row.title} {row.seconds * 1e3:.4g} ms, {shown(row)}' for row in front(own)))
+    return lines + [f'step times are predicted for {found.link}, not measured'] * bool(lines)
 
 
-def speed(rows, link):
+def speed(found):
     """Whether fewer communications speed up training: only sharded runs can show it, or a prediction."""
-    measured, predicted = [], []
+    rows, measured, predicted = found.rows, [], []
     for full, *fewer in curves(rows):
         if not full.all_tp:
             continue
@@ -160,68 +261,58 @@ def speed(rows, link):
             predicted.append(f'{curve_name(full)}, predicted times the speed of all-tp, by communications: '
                              + ', '.join(ratios))
         for row in fewer:
-            ratio = paired_ratio(row, full)
-            if row.first.config['shard'] and full.first.config['shard'] and ratio:
-                measured.append(f'{row.title}: {ratio} times the tokens/s of all-tp')
-    if not measured:
-        measured = [f'{UNANSWERED}: simulated ranks have no network between them that tokens/s could show'
-                    if simulated(rows) else f'{UNANSWERED}: there is no all-tp run to compare with']
-    return measured + predicted + ([f'predicted for {link}'] if predicted else [])
+            logs = paired(row, full, lambda run: run.tokens_per_sec and math.log(run.tokens_per_sec))
+            if row.first.config['shard'] and full.first.config['shard'] and logs:
+                measured.append(f'{row.title}: {as_ratio(logs)} times the tokens/s of all-tp')
+    rivals = [f'{name}: {low * 1e3:.4g} to {high * 1e3:.4g} ms, as {ASYNC_TP[0]} to {ASYNC_TP[1]} times the '
+              "speed of all-tp measured elsewhere; its loss is dense's"
+              for name, low, high in exact_rivals(rows)]
+    return measured + predicted + rivals + [f'predicted for {found.link}'] * bool(predicted + rivals)
 
 
-def paired_ratio(row, other):
-    """The ratio of row's tokens/s to other's, paired by seed, as text; None if they share no seed."""
-    logs = paired(row, other, lambda run: run.tokens_per_sec and math.log(run.tokens_per_sec))
-    if logs is None:
-        return None
-    if logs.half is None:
-        return f'{math.exp(logs.mean):.3f} (one seed, no interval)'
-    return f'{math.exp(logs.mean):.3f} [{math.exp(logs.low):.3f}, {math.exp(logs.high):.3f}] (n={logs.n})'
+def equal_time(found):
+    """Each config's time to dense's losses, against all layers tp on the same link."""
+    lines = []
+    for row in found.rows:
+        logs = time_ratio(row, found.rows)
+        if logs and not row.all_tp:
+            lines.append(f'{row.title}: {as_ratio(step_ratio(row))} times the steps, '
+                         f'{as_ratio(logs)} times the time of all-tp')
+    return lines + [f"to each of dense's losses after warmup; seconds a step predicted for {found.link}"
+                    ] * bool(lines)
 
 
 # how training went
 
 
-def tally(differences, lower, higher, digits='4'):
-    """
-    How many configs are lower than dense, higher and neither, each line with the furthest of them.
-
-    differences: {row: (paired difference to dense, floor)}. lower, higher: what to call these.
-    """
-    judged = {}
-    for row, (difference, floor) in differences.items():
-        if difference is not None:
-            judged.setdefault(judge(difference, floor).partition(',')[0], []).append((difference, row.title))
-    lines, total = [], sum(map(len, judged.values()))
-    names = {'lower': lower, 'higher': higher, 'undecided': 'undecided', 'no difference': 'the same'}
-    for word, name in names.items():
-        if word in judged:
-            furthest, title = max(judged[word], key=lambda pair: abs(pair[0].mean))
-            end = '' if word == 'no difference' else f', furthest in {title}: {format(furthest, digits)}'
-            lines.append(f'{name} in {len(judged[word])} of {total} configs{end}')
-    return lines
+def by_mean(pair):
+    return pair[1].mean
 
 
-def convergence(rows):
-    """How soon each row reaches a given loss."""
-    lines = []
-    for note, own in by_note(rows).items():
-        def steps_to_level(run, level=own[0].level):
-            return run.steps_to(level)
+def convergence(found):
+    """In what part of dense's steps each row reaches dense's losses."""
+    ratios = [(row, logs) for row in found.rows if row.word != 'identical' and (logs := step_ratio(row))]
+    lines = [f'{row.title}: {as_ratio(logs)}' for row, logs in ratios]
+    if len(ratios) > 1:
+        clear = [logs.mean < 0 for _, logs in ratios if logs.clear]
+        lines.insert(0, f'fewer in {sum(clear)}, more in {len(clear) - sum(clear)} of {len(ratios)} configs, '
+                     'by unadjusted 95% intervals; fewest: '
+                     f'{lines[ratios.index(min(ratios, key=by_mean))]} times')
+    notes = ["to each loss of dense's evaluations after warmup that the config reaches too, on straight "
+             'lines between evaluations; the geometric mean, with its interval over seeds']
+    for note, own in by_note(found.rows).items():
+        level = own[0].level
+        late = [row.title for row in own
+                if len(row.values(lambda run, level=level: run.steps_to(level))) < len(row.runs)]
+        if late:
+            notes.append(f'a validation loss of {level:.4f}{note} is not reached by every run of '
+                         + ', '.join(late))
+    return lines + notes if lines or len(notes) > 1 else []
 
-        steps = {row: row.values(steps_to_level) for row in own}
-        late = [row.title for row in own if len(steps[row]) < len(row.runs)]
-        lines.append(f'to a validation loss of {own[0].level:.4f}{note}, on straight lines between '
-                     'evaluations' + (f'; not reached by every run of {", ".join(late)}' if late else ''))
-        lines += [f'dense control{note}: {sum(steps[row].values()) / len(steps[row]):.1f} steps'
-                  for row in own if row.dense and steps[row]]
-        lines += tally({row: (to_dense(row, steps_to_level), 0) for row in own},
-                       'sooner than dense', 'later than dense', '1')
-    return lines
 
-
-def stability(rows):
+def stability(found):
     """Loss spikes, skipped steps and gradient norms."""
+    rows = found.rows
     spiked = {row: sum(len(run.spikes) for run in row.runs.values()) for row in rows}
     skipped = {row: sum(run.skipped for run in row.runs.values()) for row in rows}
     lines = [f'loss spikes ({SPIKE}): ' + in_runs(spiked),
@@ -236,92 +327,110 @@ def stability(rows):
 def in_runs(counts):
     """{row: count} in words."""
     runs = sum(len(row.runs) for row in counts)
-    found = [f'{count} in {len(row.runs)} of {row.title}' for row, count in counts.items() if count]
+    found = [f'{n} in {len(row.runs)} of {row.title}' for row, n in counts.items() if n]
     return ', '.join(found) or f'none in {runs} run{"s" * (runs > 1)}'
 
 
-def overfitting(rows):
-    """The generalisation gap, and whether the validation loss has turned up."""
-    gaps = {row: estimate(list(row.values(lambda run: run.gap).values())) for row in rows}
-    lines = [f'validation minus train loss on fixed windows, {row.title}: {gap}' for row, gap in gaps.items()
-             if row.dense and gap]
-    lines += tally({row: (to_dense(row, lambda run: run.gap), row.floor) for row in rows},
-                   'a smaller gap than dense', 'a larger gap than dense')
-    if not any(gaps.values()):
-        lines = [f'{UNANSWERED}: no run read fixed windows of train; --eval_train_tokens makes them']
-    risen = [row.title for row in rows if row.mean(lambda run: run.rise) > (row.floor or 0)]
+def overfitting(found):
+    """The generalisation gap, compared at equal loss, and whether the validation loss has turned up."""
+    rows = found.rows
+    gaps = [(row, gap) for row in rows if (gap := gap_to_dense(row)) and row.word != 'identical']
+    lines = [f'{row.title}: {gap}' for row, gap in gaps]
+    clear = [gap.mean > 0 for _, gap in gaps if gap.clear]
+    if lines:
+        lines.insert(0, f"validation minus train loss, minus dense's at equal validation loss: larger in "
+                     f'{sum(clear)}, smaller in {len(clear) - sum(clear)} of {len(gaps)} configs, by '
+                     'unadjusted 95% intervals')
+    risen = [row.title for row in rows if row.mean(lambda run: run.rise) > 0]
     return lines + ['validation loss ends above its lowest in: ' + (', '.join(risen) or 'none of them')]
 
 
-def drifting(rows):
+def drifting(found):
     """How far the ranks' streams drift apart."""
-    sizes = {row: drift for row in rows if (drift := row.mean(largest_drift)) is not None}
-    if not sizes:
-        return [f'{UNANSWERED}: no run logged any drift; --log_drift=True makes evaluations log it']
+    sizes = {row: drift for row in found.rows if (drift := row.mean(largest_drift)) is not None}
     lines = []
     for curve in curves(list(sizes)):
-        found = ', '.join(f'{row.communications}: {sizes[row]:.2f}' for row in curve)
-        lines.append(f'{curve_name(curve[0])}, largest ||d_r|| / ||c|| by communications: {found}')
-    return lines + ['that drift goes along with a difference in loss does not make it the cause']
+        numbers = ', '.join(f'{row.communications}: {sizes[row]:.2f}' for row in curve)
+        lines.append(f'{curve_name(curve[0])}, largest ||d_r|| / ||c|| by communications: {numbers}')
+    return lines + ['that drift goes along with a difference in loss does not make it the cause'
+                    ] * bool(lines)
 
 
-def width(rows):
-    """Whether the difference rises or falls with the width of the model."""
-    trends = width_trends(rows)
-    if not trends:
-        return [f'{UNANSWERED}: it takes one config and its dense control at two widths, given with --mix']
-    lines = []
-    for trend in trends:
-        slope = trend.slope
-        way = 'rises with width' if slope.mean > 0 else 'falls with width'
-        lines.append(f'{trend.name} at widths {", ".join(map(str, trend.widths))}: the difference '
-                     f'{way if slope.clear else "may rise or fall, undecided"}, {slope} nats per doubling; '
-                     f'the line is at {trend.at(FULL_WIDTH)} where n_embd is {FULL_WIDTH}')
-    widest, fewest = max(max(trend.widths) for trend in trends), min(len(trend.widths) for trend in trends)
-    if widest < FULL_WIDTH:
-        straight = 'cannot be seen from two widths' if fewest == 2 else f'{fewest} widths can only suggest'
+def trends(found, regressor):
+    """Whether the difference rises or falls with the width, or with the tokens."""
+    lines, widest = [], 0
+    what = dict(widths='width', tokens='number of tokens')[regressor]
+    for trend in found.trends:
+        if regressor not in trend.regressors:
+            continue
+        slope, p = trend.slope(regressor), trend.p_holm.get(regressor)
+        way = 'rises' if slope.mean > 0 else 'falls'
+        clear = slope.clear and (p is None or p < ALPHA)
+        lines.append(f'{trend.name}{over(trend)}: the difference '
+                     f'{way if clear else "may rise or fall, undecided,"} with the {what}, {slope} nats per '
+                     f'doubling' + ('' if p is None else f', by Holm p = {p:.2g}'))
+        if regressor == 'widths':
+            widest = max(widest, *trend.widths)
+            lines[-1] += (f'; predicted for a new seed where n_embd is {FULL_WIDTH}: '
+                          f'{trend.prediction(FULL_WIDTH)}')
+    if 0 < widest < FULL_WIDTH:
         lines.append(
-            f'n is the number of pairs. {FULL_WIDTH} is {math.log2(FULL_WIDTH / widest):.1f} doublings '
-            'beyond the widest of these runs: the line and its interval hold there only if the trend stays '
-            f'straight in log2(width), which {straight}, and for the depth, corpus and steps of these runs. '
-            'A larger width whose paired difference lies outside the interval of the line would refute it.')
+            f'a line for each seed; n is the number of seeds. {FULL_WIDTH} is '
+            f'{math.log2(FULL_WIDTH / widest):.1f} doublings beyond the widest of these runs: the interval '
+            'holds there only if the trend stays straight in log2(width). Width alone also changes the head '
+            'size, unless n_head grows with it. A paired difference outside the interval would refute it.')
+    return lines
+
+
+def over(trend):
+    """The widths and tokens of a trend, in words."""
+    widths = f' at widths {", ".join(map(str, trend.widths))}' if len(trend.widths) > 1 else ''
+    tokens = f' at {", ".join(f"{n:,}" for n in trend.tokens)} tokens' if len(trend.tokens) > 1 else ''
+    return widths + tokens
+
+
+# the tuned key
+
+
+def tuning(found):
+    """Where each config's best value lies, and what the difference to dense is at a common one."""
+    lines = [f'{row.title}: best at {row.tuning.best:g}'
+             + ('' if row.tuning.compared else ', its only one: not tuned')
+             for row in found.rows if row.tuning]
+    edges = [(row, value) for row in found.rows if row.tuning for value in row.tuning.missing]
+    if edges:
+        lines.insert(0, 'the best of the grid is at its edge, so a better one may lie beyond: ' + '; '.join(
+            f'{row.title}, run {value:g} next' for row, value in edges))
     return lines
 
 
 # all of them
 
 
-def answers(rows, link=None):
-    """
-    The guide's questions with their answers, as pairs of a line and a list of lines.
-
-    link: what step times were predicted for, in words; None without --link.
-    """
-    configs = [row for row in rows if not row.dense]
-    floors = {curve_name(row): 'unknown: no all-tp run with its dense control' if row.floor is None
-              else f'{row.floor:.1e}' if row.floor else '0, they are equal to the last bit'
-              for row in configs if row.plain}
-    found = [
-        ('Rounding floor: the largest |all-tp minus dense| of any seed. Nothing smaller is a difference.',
-         [f'{name}: {floor}' for name, floor in floors.items()]),
-        (f'How close to {TARGET}?', closeness(rows)),
-        *((question, goal(rows, communications, limit)) for question, communications, limit in GOALS),
-        ('Key question 3: does alternating placement beat clustered?',
-         compared(rows, 'placement', 'no two have the same blocks in another order')),
-        ('Key question 4: is there a cliff?',
-         [f'{curve_name(curve[0])}: {line}' for curve in curves(rows) for line in cliff(curve)]),
-        ('Where is the sweet spot?', sweet_spot(rows, link)),
-        ('Does reduced communication speed up training?', speed(rows, link)),
-        ('Convergence speed: how many steps does each take to one loss?', convergence(rows)),
-        ('Is training stable?', stability(rows)),
-        ('Does it overfit?', overfitting(rows)),
-        ("Merge: the mean of the ranks' additions, or their sum?",
-         compared(rows, 'merge', 'no config was run with merge mean and with merge sum')),
-        ("Which sync matters: the MLP's dropped instead of attention's?",
-         compared(rows, 'sync', 'no config with attn_spd blocks and the same with spd')),
-        ('Does it matter how many ranks there are?',
-         compared(rows, 'tp_size', 'no config was run at two sizes of tp_size')),
-        ('Which way does the difference go with width?', width(rows)),
-        ("Drift: how far do the ranks' streams come apart?", drifting(rows))]
-    return [(question, lines if configs else [f'{UNANSWERED}: only dense runs have finished'])
-            for question, lines in found]
+def answers(found):
+    """The questions that these runs answer, the guide's first, as Answereds."""
+    if all(row.dense for row in found.rows):
+        return []
+    every = [
+        *thresholds(found.rows),
+        Answered('Planned comparisons', pairs(found, 'pair')),
+        Answered(f'Each config at its best {found.tuned.key if found.tuned else ""}', tuning(found)),
+        Answered('Key question 3: does alternating placement beat clustered?', pairs(found, 'placement')),
+        Answered('Key question 4: is there a cliff?', all_cliffs(found)),
+        Answered('Where is the sweet spot?', sweet_spot(found)),
+        Answered('Which way does the difference go with width?', trends(found, 'widths')),
+        Answered('Which way does the difference go with longer training?', trends(found, 'tokens')),
+        Answered("Convergence speed: how many of dense's steps does each take to dense's losses?",
+                 convergence(found)),
+        Answered("How soon are dense's losses reached on this link?", equal_time(found)),
+        Answered('Does reduced communication speed up training?', speed(found)),
+        Answered('Noise floor: what does a change of the initial weights do that should not matter?',
+                 floor(found)),
+        Answered('Does it overfit?', overfitting(found)),
+        Answered('Is training stable?', stability(found)),
+        Answered("Merge: the mean of the ranks' additions, or their sum?", pairs(found, 'merge')),
+        Answered("Which sync matters: the MLP's dropped instead of attention's?", pairs(found, 'sync')),
+        Answered('Does it matter how many ranks there are?', pairs(found, 'tp_size')),
+        Answered("Drift: how far do the ranks' streams come apart?", drifting(found)),
+        Answered('Identity check: all layers tp', identity(found.rows))]
+    return [one for one in every if one.lines]

@@ -1,21 +1,36 @@
 """
-What the rows of runs.py show, in numbers: comparisons, curves, bends, the Pareto front, trends with width.
+What the rows of runs.py show, in numbers: the answer, pairs, curves, bends, trends, speed-ups, the front.
 
 answers.py puts it into words, plots.py draws it and report.py writes it down.
 
 References  a line with one bend, its place chosen by least squares: Hinkley (1971), JASA 66(336)
             the p value of a test chosen among m, times m: Bonferroni; Dunn (1961), JASA 56(293)
-            prediction on a fitted line: Draper & Smith, Applied Regression Analysis, section 3.1
+            slopes by subject, then a test over subjects: Holmes & Friston (1998), NeuroImage 7(4)
+            leverage of a new point: Draper & Smith, Applied Regression Analysis, section 3.1
 """
 
 import json
 import math
-from collections import Counter
-from dataclasses import dataclass
-from itertools import permutations
-from typing import NamedTuple
+import statistics
+from dataclasses import dataclass, field
 
-from analysis.runs import Estimate, Row, estimate, judge, paired, settings, t_quantile, t_test, to_dense
+import numpy as np
+from scipy.stats import t
+
+from analysis.families import (
+    Answer,
+    Comparison,
+    NoiseFloor,
+    comparisons,
+    find_answers,
+    judge_rows,
+    noise_floors,
+    switches,
+)
+from analysis.plan import Plan
+from analysis.runs import Estimate, by_note, by_spread, estimate, paired, to_dense
+from analysis.tuning import Tuned
+from analysis.verdicts import MARGIN, holm, paired_t
 from configurator import pattern
 
 # the guide's thresholds, which hold for one model, length and tokenizer
@@ -38,67 +53,6 @@ def in_scope(run):
             and abs(steps - 1) <= 0.05 and abs(parameters - 1) <= 0.01)
 
 
-def by_note(rows):
-    """The rows of each recipe that --mix mixed: {note: rows}."""
-    recipes = {}
-    for row in rows:
-        recipes.setdefault(row.note, []).append(row)
-    return recipes
-
-
-# two rows that differ in one thing
-
-
-class Comparison(NamedTuple):
-    """Two rows that differ in one thing, and their paired difference, first minus second."""
-    kind: str  # placement, merge, sync or tp_size
-    first: Row
-    second: Row
-    difference: Estimate | None  # None if they share no seed
-
-    @property
-    def verdict(self):
-        return judge(self.difference, self.first.floor)
-
-
-def switches(row):
-    """How often neighbouring blocks differ: many times if placed alternately, few times if clustered."""
-    return sum(a != b for a, b in zip(row.block_types, row.block_types[1:]))
-
-
-def comparisons(rows):
-    """
-    The pairs of rows that differ in one thing only, as Comparisons:
-
-    placement   the same blocks in the most alternating order, minus each more clustered order
-    merge       the mean of the ranks' additions, minus their sum
-    sync        the MLP's sync dropped (attn_spd), minus attention's (spd)
-    tp_size     the same blocks with the most ranks, minus with the fewest
-    """
-    rows = [row for row in rows if not row.dense]
-    found, orders, sizes = [], {}, {}
-    for row in rows:
-        counts = frozenset(Counter(row.block_types).items())
-        orders.setdefault((row.tp_size, row.note, row.varied, counts), []).append(row)
-        sizes.setdefault((row.note, row.varied, *row.block_types), []).append(row)
-    for same in orders.values():
-        most, *others = sorted(same, key=switches, reverse=True)
-        found += [('placement', most, other) for other in others if switches(other) < switches(most)]
-    for a, b in permutations(rows, 2):
-        if (a.tp_size, a.note) == (b.tp_size, b.note):
-            as_mean = b.variation | dict(merge='mean')
-            if a.block_types == b.block_types and a.variation == as_mean != b.variation:
-                found.append(('merge', a, b))
-            as_spd = ['spd' if name == 'attn_spd' else name for name in a.block_types]
-            if a.block_types != as_spd == b.block_types and a.variation == b.variation:
-                found.append(('sync', a, b))
-    for same in sizes.values():
-        same.sort(key=lambda row: row.tp_size)
-        found += [('tp_size', same[-1], same[0])] * (len(same) > 1)
-    found.sort(key=lambda one: ('placement', 'merge', 'sync', 'tp_size').index(one[0]))
-    return [Comparison(kind, a, b, paired(a, b)) for kind, a, b in found]
-
-
 # loss against communications
 
 
@@ -106,13 +60,13 @@ def curves(rows):
     """
     The rows of each curve of loss against communications, most communications first.
 
-    There is a curve for each tp_size, variation and set of block types beyond the guide's. If a count was
-    placed in several ways, the curve goes through the most alternating one.
+    There is a curve for each tp_size, variation and set of block types beyond the guide's. If a count of
+    observed all-reduces was placed in several ways, the curve goes through the most alternating one.
     """
     by_curve = {}
     for row in sorted((row for row in rows if not row.dense), key=switches):
         key = list(by_note(rows)).index(row.note), row.tp_size, row.varied, row.other_types
-        by_curve.setdefault(key, {})[row.communications] = row
+        by_curve.setdefault(key, {})[row.all_reduces['forward']] = row
     return [[counts[n] for n in sorted(counts, reverse=True)] for _, counts in sorted(by_curve.items())]
 
 
@@ -122,50 +76,58 @@ def curve_name(row):
     return f'tp_size {row.tp_size}{row.varied}{others}{row.note}'
 
 
+FEWEST_COUNTS = 6  # of observed all-reduces, for a bend
+
+
 @dataclass
 class Bend:
     """
     A curve as two lines that meet, fitted by least squares, against a straight one.
 
-    The loss of a seed at x communications is a + slope (most - x) + bend max(0, at - x). Of all counts but
-    the first and the last, `at` is the one with the smallest sum of squared residuals of the mean curve. The
-    bend is fitted for each seed, and tested by a t-test over seeds, which are independent; its p is
+    The loss of a seed at x observed all-reduces is a + slope (most - x) + bend max(0, at - x). Of all counts
+    but the first and the last, `at` is the one with the smallest sum of squared residuals of the mean curve.
+    The bend is fitted for each seed, and tested by a t-test over seeds, which are independent; its p is
     multiplied by how many counts were tried. A seed's dense control need not be subtracted: that shifts all
     points of the seed alike.
     """
-    curve: list  # Rows, most communications first
+    curve: list  # Rows, most all-reduces first
     seeds: list  # those that have all the counts
     at: int  # where the lines meet
-    bend: Estimate  # nats per communication dropped, over the seeds
-    slopes: tuple  # of the mean curve before and after it, nats per communication dropped
+    bend: Estimate  # nats per all-reduce dropped, over the seeds
+    slopes: tuple  # of the mean curve before and after it, nats per all-reduce dropped
     p: float | None  # None for one seed
     residuals: dict  # the sum of squared residuals of the mean curve from each shape, nats squared
+    p_holm: float | None = None
 
     @property
     def rise(self):
-        """The fewest communications minus the bend's, paired by seed."""
-        return paired(self.curve[-1], next(row for row in self.curve if row.communications == self.at))
+        """The fewest all-reduces minus the bend's, paired by seed."""
+        return paired(self.curve[-1], next(row for row in self.curve if count(row) == self.at))
+
+
+def count(row):
+    """The all-reduces observed in a forward pass."""
+    return row.all_reduces['forward']
 
 
 def largest_block(curve):
     """
-    (seeds, rows): a part of a curve in which each seed has each count, of at least four counts and of as many
+    (seeds, rows): a part of a curve in which each seed has each count, of at least six counts and of as many
     runs as can be; None if there is none.
     """
     parts = [(list(row.losses), [other for other in curve if row.losses.keys() <= other.losses.keys()])
              for row in curve]
-    return max((part for part in parts if len(part[1]) >= 4), default=None,
+    return max((part for part in parts if len(part[1]) >= FEWEST_COUNTS), default=None,
                key=lambda part: len(part[0]) * len(part[1]))
 
 
 def fit_bend(curve):
-    """The Bend of a curve; None if fewer than four counts of it share a seed."""
-    import numpy as np
+    """The Bend of a curve; None if fewer than six counts of it share a seed."""
     block = largest_block(curve)
     if block is None:
         return None
     seeds, curve = block
-    x = np.array([row.communications for row in curve], dtype=float)
+    x = np.array([count(row) for row in curve], dtype=float)
     y = np.array([[row.losses[seed] for seed in seeds] for row in curve])  # (counts, seeds)
     mean = y.mean(1)
 
@@ -175,19 +137,19 @@ def fit_bend(curve):
         inverse = np.linalg.pinv(design)
         return inverse @ y, float(((mean - design @ (inverse @ mean)) ** 2).sum())
 
-    bent = {row.communications: fit(x[0] - x, np.maximum(0, row.communications - x)) for row in curve[1:-1]}
-    at = min(bent, key=lambda count: bent[count][1])
+    bent = {count(row): fit(x[0] - x, np.maximum(0, count(row) - x)) for row in curve[1:-1]}
+    at = min(bent, key=lambda place: bent[place][1])
     (_, slopes, bends), two_lines = bent[at]
     bend = estimate(bends.tolist())
     return Bend(curve, seeds, at, bend, (slopes.mean(), slopes.mean() + bend.mean),
-                None if len(seeds) == 1 else min(1.0, len(bent) * p_value(bends)),
+                None if len(seeds) == 1 else min(1.0, len(bent) * p_value(bends.tolist())),
                 dict(straight=fit(x)[1], logarithm=fit(np.log(x))[1], bent=two_lines))
 
 
 def p_value(values):
-    """Of the two-sided t-test that their mean is 0."""
-    p = float(t_test(values).pvalue)
-    return 1.0 if math.isnan(p) else p  # all of them are 0
+    """Of the two-sided t-test that their mean is 0; None for fewer than two."""
+    test = paired_t(values)
+    return test and float(test[2])
 
 
 # loss against predicted time
@@ -199,26 +161,117 @@ def fastest_first(rows):
     return sorted(known, key=lambda row: (row.seconds, to_dense(row).mean))
 
 
+RANKS = dict(better=0, identical=1, undecided=2, worse=3) | {'as good': 1}
+
+
 def front(rows):
-    """The rows of one recipe that no other beats in both predicted step time and difference to dense."""
-    best, kept = math.inf, []
+    """
+    The rows of one recipe whose verdict no faster row has, or a better one: what a longer step buys, by what
+    is shown and not by means.
+    """
+    best, kept = len(RANKS), []
     for row in fastest_first(rows):
-        if to_dense(row).mean < best:
+        if row.word and RANKS[row.word] < best:
             kept.append(row)
-            best = to_dense(row).mean
+            best = RANKS[row.word]
     return kept
 
 
-# the difference against the width
+# times the speed of plain tensor parallelism, as torchtitan's authors measured it on 64 and 256 H100, bf16
+ASYNC_TP = 1.09, 1.10
+
+
+def exact_rivals(rows):
+    """
+    (name, seconds at the least, at the most) of the exact ways to hide all-reduces, for each all-tp row with
+    a predicted step time: sequence parallelism and, on top of it, asynchronous tensor parallelism.
+    """
+    return [(f'async TP with sequence parallelism, exact (tp_size {row.tp_size}{row.note})',
+             row.seconds / ASYNC_TP[1], row.seconds / ASYNC_TP[0])
+            for row in rows if row.all_tp and row.seconds is not None]
+
+
+def step_ratio(row):
+    """
+    In what part of dense's steps a row reaches dense's losses: log(steps / dense's steps) as an Estimate.
+
+    Of each seed, the mean over dense's evaluations after warmup whose loss the row reaches too; then over
+    seeds. None if no seed has such an evaluation.
+    """
+    if row.dense or row.control is None:
+        return None
+    ratios = []
+    for seed, run in row.runs.items():
+        if seed in row.control.runs:
+            dense = row.control.runs[seed]
+            steps = [(run.steps_to(loss), step) for step, loss in dense.val_losses
+                     if step > dense.config['warmup_iters'] and loss == min(
+                         own for at, own in dense.val_losses if at <= step)]
+            logs = [math.log(own / step) for own, step in steps if own]
+            ratios += [statistics.mean(logs)] if logs else []
+    return estimate(ratios)
+
+
+def time_ratio(row, rows):
+    """
+    step_ratio, with each step's predicted seconds over those of all layers tp at the same tp_size: the
+    difference in loss as steps, and the steps as seconds. None if either is unknown.
+    """
+    plain = next((one for one in rows if one.all_tp and (one.tp_size, one.note) == (row.tp_size, row.note)),
+                 None)
+    steps = step_ratio(row)
+    if steps is None or plain is None or plain.seconds is None or row.seconds is None:
+        return None
+    return Estimate(steps.mean + math.log(row.seconds / plain.seconds), steps.half, steps.n)
+
+
+def gap_to_dense(row):
+    """
+    The generalisation gap minus dense's at equal loss: of each seed at the higher of the two final validation
+    losses, which both runs reach. An Estimate; None if train was not read.
+    """
+    if row.dense or row.control is None:
+        return None
+    found = []
+    for seed, run in row.runs.items():
+        if seed in row.control.runs:
+            dense = row.control.runs[seed]
+            level = max(run.loss, dense.loss)
+            gaps = run.gap_at(level), dense.gap_at(level)
+            found += [gaps[0] - gaps[1]] if None not in gaps else []
+    return estimate(found)
+
+
+# the tuned key
+
+
+def at_common(row):
+    """
+    A row's paired difference to dense at one common value of the tuned key, dense's best; None if untuned.
+    """
+    if row.dense or row.tuning is None or row.control is None:
+        return None
+    value = row.control.tuning.best
+    own, dense = (one.tuning.runs.get(value, {}) for one in (row, row.control))
+    return by_spread([own[seed].loss - dense[seed].loss for seed in own if seed in dense], row.spread)
+
+
+# the difference against the width and the tokens
 
 FULL_WIDTH = 768  # GPT-2's (124M)
 
 
 @dataclass
 class Trend:
-    """A config's paired differences against log2 of the width: a line by least squares over the points."""
+    """
+    A config's paired differences against log2 of the width, and of the tokens if these differ.
+
+    Seeds share their batches over widths, so the points of a seed are not independent: each seed has its own
+    line, by least squares, and the seeds are the sample.
+    """
     rows: list  # of one config, the narrowest first
-    points: list  # (width, difference), one for each width and seed
+    points: dict  # seed -> [(width, tokens, difference)], of the seeds that have all of them
+    p_holm: dict = field(default_factory=dict)  # regressor -> p of its slope
 
     @property
     def name(self):
@@ -226,51 +279,99 @@ class Trend:
         return f'{pattern(row.block_types)} (tp_size {row.tp_size}{row.varied})'
 
     @property
-    def widths(self):
-        return sorted({width for width, _ in self.points})
-
-    def fit(self, width):
-        """scipy's linregress of the differences on log2(own width / width): its intercept is at `width`."""
-        from scipy.stats import linregress
-        return linregress([math.log2(own / width) for own, _ in self.points],
-                          [difference for _, difference in self.points])
-
-    def interval(self, mean, error):
-        """95% interval of a coefficient of the line, from its standard error, as an Estimate."""
-        n = len(self.points)
-        return Estimate(float(mean), float(t_quantile(n - 2) * error), n)
-
-    def at(self, width):
-        """The line's mean difference at a width, as an Estimate whose n is the number of points."""
-        line = self.fit(width)
-        return self.interval(line.intercept, line.intercept_stderr)
+    def all_points(self):
+        return [point for own in self.points.values() for point in own]
 
     @property
-    def slope(self):
-        """Nats per doubling of the width, as an Estimate."""
-        line = self.fit(FULL_WIDTH)
-        return self.interval(line.slope, line.stderr)
+    def widths(self):
+        return sorted({width for width, _, _ in self.all_points})
+
+    @property
+    def tokens(self):
+        return sorted({tokens for _, tokens, _ in self.all_points})
+
+    @property
+    def regressors(self):
+        """What differs between the points, as names."""
+        return [name for name in ('widths', 'tokens') if len(getattr(self, name)) > 1]
+
+    def columns(self, widths, tokens):
+        """The design (points, 1 + regressors): log2 of what differs, from GPT-2's width and most tokens."""
+        known = dict(widths=np.log2(np.array(widths) / FULL_WIDTH),
+                     tokens=np.log2(np.array(tokens) / max(self.tokens)))
+        return np.stack([np.ones(len(widths)), *(known[name] for name in self.regressors)], axis=1)
+
+    @property
+    def design(self):
+        widths, tokens, _ = zip(*next(iter(self.points.values())))
+        return self.columns(widths, tokens)
+
+    @property
+    def fits(self):
+        """(the coefficients of each seed's line (seeds, 1 + regressors), its squared residuals (seeds,))"""
+        y = np.array([[difference for *_, difference in own] for own in self.points.values()]).T
+        coefficients = np.linalg.pinv(self.design) @ y
+        return coefficients.T, ((y - self.design @ coefficients) ** 2).sum(0)
+
+    def slope(self, regressor):
+        """Nats per doubling, as an Estimate over seeds."""
+        return estimate(self.fits[0][:, 1 + self.regressors.index(regressor)].tolist())
+
+    def at(self, width):
+        """The lines' mean difference at a width and the most tokens, as an Estimate over seeds."""
+        return estimate((self.fits[0] @ self.columns([width], [max(self.tokens)])[0]).tolist())
+
+    def prediction(self, width):
+        """
+        95% interval for the paired difference of a new seed at this width and the most tokens.
+
+        What one seed's line says there has the variance S2 over seeds: how much seeds differ, and sigma2 h
+        from the noise of a point, h being the new point's leverage. A new seed's point has the first and
+        sigma2. Far outside h is above 1, and S2 is enough.
+        """
+        there = self.at(width)
+        if there.n < 2:
+            return Estimate(there.mean, None, there.n)
+        new = self.columns([width], [max(self.tokens)])[0]
+        leverage = float(new @ np.linalg.pinv(self.design.T @ self.design) @ new)
+        coefficients, squares = self.fits
+        df = there.n * (len(self.design) - self.design.shape[1])
+        sigma2 = squares.sum() / df if df else 0
+        variance = float(np.var(coefficients @ new, ddof=1)) * (1 + 1 / there.n)
+        half = t.isf(0.025, there.n - 1) * math.sqrt(variance + sigma2 * max(0, 1 - leverage))
+        return Estimate(there.mean, float(half), there.n)
 
 
-def width_trends(rows):
+def find_trends(rows):
     """
-    The Trends, of three points at least, of the configs that were run at several widths, all else equal.
-
-    All-TP is left out: its differences are rounding.
+    The Trends of the configs that were run at several widths or budgets, all else equal; with more points of
+    a seed than its line has coefficients, or as many. Bit-equal twins and dense's own are left out.
     """
     alike = {}
     for row in rows:
-        if to_dense(row) and not row.all_tp:
-            rest = settings(row.first) | dict(
-                n_embd=None, blocks=row.block_types, tp_size=row.tp_size, variation=row.variation)
+        if to_dense(row) and row.word != 'identical':
+            rest = {key: value for key, value in row.settings.items()
+                    if key not in ('n_embd', 'max_iters', 'lr_decay_iters', 'warmup_iters')}
+            rest |= dict(blocks=row.block_types, tp_size=row.tp_size, variation=row.variation)
             alike.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
     trends = []
     for same in alike.values():
-        same.sort(key=lambda row: row.first.config['n_embd'])
-        points = [(row.first.config['n_embd'], loss - row.control.losses[seed])
-                  for row in same for seed, loss in row.losses.items() if seed in row.control.losses]
-        trends.append(Trend(same, points))
-    return [trend for trend in trends if len(trend.widths) > 1 and len(trend.points) > 2]
+        same.sort(key=lambda row: (row.first.config['n_embd'], tokens_of(row)))
+        seeds = set.intersection(*({*row.losses} & {*row.control.losses} for row in same))
+        points = {seed: [(row.first.config['n_embd'], tokens_of(row),
+                          row.losses[seed] - row.control.losses[seed]) for row in same]
+                  for seed in sorted(seeds)}
+        trend = Trend(same, points)
+        if seeds and trend.regressors and np.linalg.matrix_rank(trend.design) > len(trend.regressors):
+            trends.append(trend)
+    return trends
+
+
+def tokens_of(row):
+    """The tokens that each of its runs trained on."""
+    config = row.first.config
+    windows = config['batch_size'] * config['gradient_accumulation_steps']
+    return config['max_iters'] * windows * config['block_size']
 
 
 # how training went
@@ -288,3 +389,45 @@ def drift_of(run):
 
 def largest_drift(run):
     return max(drift_of(run)[0]) if drift_of(run) else None
+
+
+# all of it
+
+
+@dataclass
+class Findings:
+    """What a comparison found, for answers.py, plots.py and report.py."""
+    rows: list
+    margin: float
+    tuned: Tuned | None
+    plan: Plan | None
+    link: str | None  # what step times were predicted for, in words
+    answers: list[Answer]
+    floors: list[NoiseFloor]
+    comparisons: list[Comparison]
+    bends: list  # (the curve, its Bend or None)
+    trends: list[Trend]
+
+
+def find_all(rows, margin=MARGIN, tuned=None, plan=None, link=None):
+    """
+    The Findings of rows, which get their verdicts here.
+
+    Holm's adjustment is over all exploratory tests together: pairs, bends and slopes.
+    """
+    judge_rows(rows, margin, plan)
+    found = Findings(rows, margin, tuned, plan, link, find_answers(rows), noise_floors(rows),
+                     comparisons(rows, plan), [(curve, fit_bend(curve)) for curve in curves(rows)],
+                     find_trends(rows))
+    pairs = [one for one in found.comparisons if one.p is not None and not one.planned]
+    bends = [bend for _, bend in found.bends if bend and bend.p is not None]
+    slopes = [(trend, name) for trend in found.trends for name in trend.regressors
+              if len(trend.points) > 1]
+    p = iter(holm([one.p for one in pairs] + [bend.p for bend in bends]
+                  + [p_value(trend.fits[0][:, 1 + trend.regressors.index(name)].tolist())
+                     for trend, name in slopes]))
+    for one in [*pairs, *bends]:
+        one.p_holm = next(p)
+    for trend, name in slopes:
+        trend.p_holm[name] = next(p)
+    return found

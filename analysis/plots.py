@@ -17,20 +17,20 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from analysis.families import comparisons
 from analysis.findings import (
     FULL_WIDTH,
     GOALS,
     TARGET,
     by_note,
-    comparisons,
     curve_name,
     curves,
     drift_of,
     fastest_first,
+    find_trends,
     front,
     in_scope,
     largest_drift,
-    width_trends,
 )
 from analysis.runs import TOKENS, simulated, subject, to_dense
 
@@ -170,13 +170,12 @@ def mark_counts(ax, rows, observed):
 
 
 def mark_references(ax, rows):
-    """Draw the dense control, its rounding floor, and the guide's limits if they apply."""
+    """Draw the dense control, the margin above it, and the guide's limits if they apply."""
     for control in (row for row in rows if row.dense):
         ax.axhline(control.loss, color='black', linewidth=1, linestyle=(0, (6, 3)), label='dense control')
-        floor = max((row.floor or 0 for row in rows if row.control is control), default=0)
-        if floor:
-            ax.axhspan(control.loss - floor, control.loss + floor, color='0.85', zorder=0,
-                       label=f'within the rounding floor, {floor:.0e}')
+        if control.margin:
+            ax.axhspan(control.loss, control.loss + control.margin, color='0.88', zorder=0,
+                       label=f'within the margin, {control.margin:g}')
     if all(in_scope(row.first) for row in rows):
         for limit in sorted({TARGET, *(limit for *_, limit in GOALS)}):
             ax.axhline(limit, color='0.4', linewidth=0.7, linestyle=':')
@@ -196,16 +195,16 @@ def plot_differences(rows):
                  if seed in row.control.losses]
         ax.plot(seeds, [y] * len(seeds), '|', color='0.45', markersize=8)
         bar(ax, to_dense(row), y)
-    finish_forest(ax, [f'{wrapped(row)}  (n={to_dense(row).n})' for row in shown], shown)
-    ax.set_xlabel(f'difference ({loss_unit(rows)}); mean and 95% interval, a stroke for each seed')
+    finish_forest(ax, [f'{wrapped(row)}  (n={to_dense(row).n})  {row.word}' for row in shown], shown)
+    ax.set_xlabel(f'difference ({loss_unit(rows)}); mean and 95% interval, a stroke for each seed; grey: '
+                  'the margin')
     return fig
 
 
 def finish_forest(ax, names, rows):
-    """Draw a line at 0, the rounding floor, and a name at each height, the first on top."""
+    """Draw a line at 0, the margin, and a name at each height, the first on top."""
     ax.axvline(0, color='black', linewidth=0.8)
-    floor = max(row.floor or 0 for row in rows)
-    ax.axvspan(-floor, floor, color='0.88', zorder=0)
+    ax.axvspan(0, rows[0].margin or 0, color='0.9', zorder=0)
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(visible=False, axis='y')
@@ -244,7 +243,7 @@ def plot_pareto(rows):
         best, styles = front(own), curve_styles(own)
         named = {row for curve in curves(own) for row in curve if row.plain}
         ax.plot([row.seconds * 1e3 for row in best], [to_dense(row).mean for row in best], color='0.5',
-                linewidth=1, drawstyle='steps-post', label='Pareto front')
+                linewidth=1, drawstyle='steps-post', label='Pareto front, by verdict')
         for row in own:
             style = styles[curve_name(row)] | dict(label=None)
             difference, x = to_dense(row), row.seconds * 1e3
@@ -258,7 +257,7 @@ def plot_pareto(rows):
         control = own[0].control
         if control and control.seconds is not None:
             ax.plot(control.seconds * 1e3, 0, 'x', color='black', label='dense control, data-parallel alone')
-        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='open: beaten in both')
+        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='open: not on the front')
         ax.axhline(0, color='black', linewidth=0.8)
         ax.set_title(note.removeprefix(', '))
         ax.set_xlabel('predicted milliseconds a step; numbers: communications')
@@ -268,8 +267,8 @@ def plot_pareto(rows):
 
 
 def plot_width(rows):
-    """Paired differences against width, a panel for each config; the fitted line goes on to GPT-2's."""
-    trends = width_trends(rows)
+    """Paired differences against width, a panel for each config; a line for each seed goes on to GPT-2's."""
+    trends = [trend for trend in find_trends(rows) if len(trend.widths) > 1]
     if not trends:
         return None
     columns = min(4, len(trends))
@@ -278,25 +277,48 @@ def plot_width(rows):
     fig, axes = figure(shown, 'Validation loss minus dense, against the width of the model', len(trends),
                        columns, size, sharey=True, sharex=True)
     for ax, trend in zip(axes, trends):
-        draw(ax, [(width * 1.07, difference) for width, difference in trend.points], '_', color='0.45',
-             markersize=6)
-        for row in trend.rows:
-            difference = to_dense(row)
-            ax.errorbar(row.first.config['n_embd'], difference.mean, difference.half, color='black',
-                        marker='o', markersize=4.5, capsize=2.5, linewidth=1)
-        first, last = trend.widths[0], trend.widths[-1]
-        for start, end, line in ((first, last, '-'), (last, max(last, FULL_WIDTH), '--')):
-            grid = [start * (end / start) ** (i / 20) for i in range(21)]
-            there = [trend.at(width) for width in grid]
-            ax.plot(grid, [one.mean for one in there], line, color='black', linewidth=0.8)
-            ax.fill_between(grid, [one.low for one in there], [one.high for one in there], color='0.9',
-                            zorder=0)
+        longest = max(trend.tokens)
+        draw(ax, [(width, difference) for width, tokens, difference in trend.all_points if tokens == longest],
+             'o', color='black', markersize=3)
+        ends = [trend.widths[0], max(trend.widths[-1], FULL_WIDTH)]
+        for values in (trend.fits[0] @ trend.columns(ends, [longest] * 2).T).tolist():
+            ax.plot(ends, values, color='0.6', linewidth=0.7)
+        new = trend.prediction(ends[1])
+        ax.errorbar(ends[1], new.mean, new.half, color='black', marker='D', markerfacecolor='white',
+                    markersize=4, capsize=2.5, linewidth=1)
         ax.axhline(0, color='black', linewidth=0.5)
         ax.set_xscale('log', base=2)
         ax.set_xticks([*trend.widths, FULL_WIDTH], [*map(str, trend.widths), str(FULL_WIDTH)])
         ax.set_title(f'{trend.rows[0].communications}: {trend.name}', fontsize=7)
-    fig.supxlabel('n_embd; the dashes extrapolate, grey is the 95% interval of the line', fontsize=8)
+    fig.supxlabel('n_embd; a line for each seed; diamond: its 95% prediction interval for a new seed',
+                  fontsize=8)
     fig.supylabel(f'difference ({loss_unit(rows)})', fontsize=8)
+    return fig
+
+
+def plot_tuning(rows):
+    """Loss against the tuned key; a stroke for each seed, a square for the best value; grey is dense."""
+    shown = [row for row in rows if row.tuning and row.tuning.compared]
+    if not shown:
+        return None
+    key = shown[0].tuning.tuned.key
+    fig, axes = panels(shown, f'Loss of the tuning seeds against {key}: the line is their mean, the square '
+                       'its lowest; grey is dense', f'validation loss ({loss_unit(rows)})', key)
+    values = sorted({value for row in shown for value in row.tuning.means})
+    for ax, row in zip(axes, shown):
+        dense = row.control or row
+        if dense.tuning:
+            draw(ax, list(dense.tuning.means.items()), color='0.7', linewidth=3)
+        means = row.tuning.means
+        draw(ax, list(means.items()), 'o-', color='black', markersize=3.5, linewidth=1)
+        draw(ax, [(value, row.tuning.runs[value][seed].loss) for value in means
+                  for seed in row.tuning.tuned.tuning_seeds], '_', color='0.4', markersize=6)
+        best = row.tuning.best
+        ax.plot(best, means[best], 's', color='black', markersize=7, markerfacecolor='white')
+        if min(values) > 0:
+            ax.set_xscale('log')
+        ax.minorticks_off()
+        ax.set_xticks(values, [f'{value:g}' for value in values])
     return fig
 
 
@@ -465,10 +487,10 @@ def plot_drift_cosine(rows):
 
 
 PLOTS = dict(
-    loss_vs_communications=plot_tradeoff, paired_differences=plot_differences, placement=plot_placement,
-    pareto=plot_pareto, width_trend=plot_width, drift=plot_drift, drift_cosine=plot_drift_cosine,
-    training_curves=plot_curves, difference_by_step=plot_difference_curves, stability=plot_stability,
-    tokens_per_sec=plot_speed)
+    loss_vs_communications=plot_tradeoff, paired_differences=plot_differences, tuning=plot_tuning,
+    placement=plot_placement, pareto=plot_pareto, width_trend=plot_width, drift=plot_drift,
+    drift_cosine=plot_drift_cosine, training_curves=plot_curves, difference_by_step=plot_difference_curves,
+    stability=plot_stability, tokens_per_sec=plot_speed)
 
 
 def draw_all(rows, folder):

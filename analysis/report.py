@@ -1,5 +1,5 @@
 """
-The outputs of a comparison: tables for the terminal, table.md, table.csv, table.json, report.html, W&B.
+The outputs of a comparison: what the terminal shows, table.md, table.csv, table.json, report.html, W&B.
 
 All of them hold the same numbers. report.html is a single file with its plots inside and without scripts, to
 be read and printed anywhere.
@@ -10,21 +10,27 @@ import csv
 import html
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import starmap
 
+from analysis.answers import as_ratio
 from analysis.findings import (
+    ASYNC_TP,
+    at_common,
     by_note,
-    comparisons,
     curve_name,
-    curves,
-    fit_bend,
+    exact_rivals,
     front,
+    gap_to_dense,
     highest_norm,
     largest_drift,
-    width_trends,
+    step_ratio,
+    time_ratio,
 )
-from analysis.runs import OTHER_VARIED, SPIKE, judge, subject, to_dense
+from analysis.runs import OTHER_VARIED, SPIKE, subject, to_dense
+from analysis.tuning import common_values
+
+TITLE = 'Validation loss against communications'
 
 # the numbers of a row
 
@@ -35,27 +41,42 @@ def steps_to_level(row):
     return sum(steps.values()) / len(steps) if len(steps) == len(row.runs) else None
 
 
-def record(row):
+def record(row, found):
     """A row's numbers under flat names, unrounded; losses in nats per token, None if there is none."""
-    difference, corpus = to_dense(row), row.first.info['corpus']
-    gap_difference = to_dense(row, lambda run: run.gap)
+    difference, corpus, verdict, spread = to_dense(row), row.first.info['corpus'], row.verdict, row.spread
+    gap, steps, common = gap_to_dense(row), step_ratio(row), at_common(row)
     return dict(
         run=row.name, state='finished', communications=row.communications,
         all_reduces_forward=row.all_reduces['forward'], all_reduces_backward=row.all_reduces['backward'],
         block_types=' '.join(row.block_types), tp_size=row.tp_size,
         **{key: row.first.config[key] for key in OTHER_VARIED}, seeds=' '.join(map(str, row.runs)),
-        val_loss=row.loss, difference=difference and difference.mean,
-        half_interval=difference and difference.half, pairs=difference and difference.n,
-        rounding_floor=row.floor, verdict=judge(difference, row.floor) if difference else None,
+        val_loss=row.loss, verdict=row.word or None, difference=difference and difference.mean,
+        half_interval=difference and difference.half, lower=verdict and verdict.lower,
+        upper=verdict and verdict.upper, p_dunnett=verdict and verdict.p, pairs=difference and difference.n,
+        pooled_sd=spread and float(spread.pooled_sd), df=spread and spread.df, planned=row.planned,
+        **tuned_record(row, found),
+        difference_at_common=common and common.mean, half_interval_at_common=common and common.half,
         level=row.level, steps_to_level=steps_to_level(row),
+        log_step_ratio=steps and steps.mean, log_step_ratio_half_interval=steps and steps.half,
         generalisation_gap=row.mean(lambda run: run.gap),
-        gap_difference=gap_difference and gap_difference.mean,
-        gap_half_interval=gap_difference and gap_difference.half, highest_grad_norm=highest_norm(row),
+        gap_difference=gap and gap.mean, gap_half_interval=gap and gap.half,
+        highest_grad_norm=highest_norm(row),
         loss_spikes=sum(len(run.spikes) for run in row.runs.values()),
         skipped_steps=sum(run.skipped for run in row.runs.values()), largest_drift=row.mean(largest_drift),
         predicted_seconds=row.seconds, tokens_per_sec=row.mean(lambda run: run.tokens_per_sec),
         n_embd=row.first.config['n_embd'], parameters=row.first.info['parameters'], corpus=corpus['corpus'],
         tokenizer=corpus['tokenizer'], max_iters=row.first.config['max_iters'])
+
+
+def tuned_record(row, found):
+    """The value of the tuned key that a row is at, and its sensitivity to it."""
+    tuning = row.tuning
+    sensitivity = tuning and tuning.compared and tuning.sensitivity(
+        common_values([other for other in found.rows if other.note == row.note]))
+    return dict(tuned=tuning and tuning.tuned.key, best=tuning and tuning.best,
+                tuning_loss=tuning and tuning.means.get(tuning.best),
+                sensitivity=None if sensitivity is False else sensitivity,
+                run_next=' '.join(f'{value:g}' for value in tuning.missing) if tuning else None)
 
 
 def run_record(seed, run):
@@ -69,106 +90,202 @@ def run_name(run):
     return run.info.get('name', run.folder.name)
 
 
-def write_csv(path, rows, unfinished):
+def write_csv(path, found, unfinished):
     """table.csv: one line for each row, and one without numbers for each unfinished run."""
-    lines = [record(row) for row in rows] + [dict(run=run_name(run), state=run.trouble) for run in unfinished]
+    lines = [record(row, found) for row in found.rows]
+    lines += [dict(run=run_name(run), state=run.trouble) for run in unfinished]
     with open(path, 'w', newline='') as file:
         table = csv.DictWriter(file, lines[0].keys(), lineterminator='\n')
         table.writeheader()
         table.writerows(lines)
 
 
-def write_json(path, rows, unfinished, notes, answers, link, command):
+def answer_record(answer):
+    """The numbers of an Answer; None if nothing is shown, or by the seeds alone that tuned it."""
+    row = answer.row
+    if row is None or answer.preliminary:
+        return None
+    return dict(communications=row.communications, all_reduces=row.all_reduces['forward'],
+                block_types=row.block_types, difference=row.verdict.difference, upper=row.verdict.upper,
+                tp_size=row.tp_size, word=row.word, tuned=answer.tuned, n=row.verdict.n)
+
+
+def comparison_record(one):
+    return dict(kind=one.kind, first=one.first.name, second=one.second.name, verdict=one.verdict,
+                difference=one.difference and asdict(one.difference), p=one.p, p_holm=one.p_holm,
+                planned=one.planned)
+
+
+def write_json(path, found, report):
     """table.json: the same, with each run of a row, and the findings behind the answers."""
-    bends = [(curve_name(curve[0]), fit_bend(curve)) for curve in curves(rows)]
-    found = dict(
-        command=command, subject=subject([row.first for row in rows]), link=link,
-        rows=[record(row) | dict(block_types=row.block_types,
-                                 runs=list(starmap(run_record, row.runs.items()))) for row in rows],
-        unfinished=[dict(run=run_name(run), folder=str(run.folder), state=run.trouble) for run in unfinished],
-        notes=notes, answers=[dict(question=question, answer=answer) for question, answer in answers],
-        comparisons=[dict(kind=one.kind, first=one.first.name, second=one.second.name, verdict=one.verdict,
-                          difference=one.difference and asdict(one.difference)) for one in comparisons(rows)],
-        bends=[dict(curve=name, at=bend.at, seeds=bend.seeds, bend=asdict(bend.bend), p=bend.p,
-                    squares_left=bend.residuals) for name, bend in bends if bend],
-        pareto_front=[row.name for own in by_note(rows).values() for row in front(own)],
-        width_trends=[dict(config=trend.name, points=trend.points, slope=asdict(trend.slope))
-                      for trend in width_trends(rows)])
-    path.write_text(json.dumps(found, indent=1, allow_nan=False) + '\n')
+    plan, tuned = found.plan, found.tuned
+    contents = dict(
+        command=report.command, subject=subject([row.first for row in found.rows]), link=found.link,
+        margin=found.margin, headlines=report.headlines,
+        answer=answer_record(found.answers[0]) if found.answers else None,
+        all_answers=[dict(tp_size=answer.tp_size, recipe=answer.note.removeprefix(', '),
+                          answer=answer_record(answer), seeds_for_next=answer.seeds,
+                          tested=[row.name for row in answer.tested],
+                          beyond=[row.name for row in answer.beyond]) for answer in found.answers],
+        plan=plan and dict(file=plan.file, sha256=plan.sha256),
+        tuned=tuned and dict(key=tuned.key, tuning_seeds=tuned.tuning_seeds),
+        rows=[record(row, found) | dict(
+            block_types=row.block_types, runs=list(starmap(run_record, row.runs.items())),
+            tuning=[dict(value=value, mean=row.tuning.means.get(value),
+                         losses={seed: run.loss for seed, run in own.items()})
+                    for value, own in row.tuning.runs.items()] if row.tuning else None)
+              for row in found.rows],
+        unfinished=[dict(run=run_name(run), folder=str(run.folder), state=run.trouble)
+                    for run in report.unfinished],
+        notes=report.notes, planned=report.planned, answers=[one._asdict() for one in report.answers],
+        unanswered=[one._asdict() for one in report.open],
+        noise_floor=[dict(run=one.row.name, size=one.size, largest=one.largest, n=one.n)
+                     for one in found.floors],
+        comparisons=list(map(comparison_record, found.comparisons)),
+        bends=[dict(curve=curve_name(curve[0]), at=bend.at, seeds=bend.seeds, bend=asdict(bend.bend),
+                    p=bend.p, p_holm=bend.p_holm, squares_left=bend.residuals)
+               for curve, bend in found.bends if bend],
+        pareto_front=[row.name for own in by_note(found.rows).values() for row in front(own)],
+        exact_rivals=[dict(name=name, seconds=seconds) for name, *seconds in exact_rivals(found.rows)],
+        trends=[dict(config=trend.name, points=trend.points, p_holm=trend.p_holm,
+                     slopes={name: asdict(trend.slope(name)) for name in trend.regressors})
+                for trend in found.trends])
+    path.write_text(json.dumps(contents, indent=1, allow_nan=False) + '\n')
 
 
 # the tables
 
 
-HEADER = ['run', 'communications', 'all-reduces fwd/bwd', 'blocks', 'tp_size', 'seeds', 'val loss',
-          'minus dense, 95% interval', 'verdict', 'tokens/s']
-MORE_HEADER = ['run', 'steps to level', 'minus dense', 'level', 'val minus train loss', 'minus dense',
-               'highest grad norm', 'loss spikes', 'skipped steps', 'largest drift', 'predicted ms/step']
+def number(value, form, times=1):
+    """A number as a cell, empty if there is none."""
+    return '' if value is None else format(times * value, form)
 
 
-def cells(row):
-    """A row as text, under HEADER."""
-    difference, speed = to_dense(row), row.mean(lambda run: run.tokens_per_sec)
-    return [row.name, str(row.communications), f'{row.all_reduces["forward"]}/{row.all_reduces["backward"]}',
-            row.blocks, str(row.tp_size), str(len(row.runs)),
-            f'{row.loss:.4f}', str(difference or ''), judge(difference, row.floor) if difference else '',
-            '' if speed is None else f'{speed:,.0f}']
+def columns(found):
+    """{header: what its cell shows of a row and of its record()} of the first table; only what is known."""
+    noted = any(row.note for row in found.rows)
+    table = {
+        'blocks': lambda row, own: row.blocks + row.note * noted,
+        'comm': lambda row, own: str(row.communications),
+        'all-reduces': lambda row, own: f'{row.all_reduces["forward"]}/{row.all_reduces["backward"]}',
+        'tp': lambda row, own: str(row.tp_size), 'seeds': lambda row, own: str(len(row.runs)),
+        'val loss': lambda row, own: f'{row.loss:.4f}',
+        'minus dense, 95% interval': lambda row, own: str(to_dense(row) or ''),
+        'upper bound': lambda row, own: number(own['upper'], '+.4f'),
+        'verdict': lambda row, own: row.word + (' (not planned)' if found.plan and not row.planned else '')}
+    if found.tuned:
+        table |= {
+            f'best {found.tuned.key}': lambda row, own: number(own['best'], 'g'),
+            'sensitivity': lambda row, own: number(own['sensitivity'], '.4f'),
+            "at dense's": lambda row, own: str(at_common(row) or '')}
+    return table
 
 
-def more_cells(row):
-    """How a row's training went, under MORE_HEADER; a cell is empty if nothing was logged for it."""
-    own = record(row)
-
-    def cell(key, form, times=1):
-        return '' if own[key] is None else format(times * own[key], form)
-
-    steps, gap = to_dense(row, lambda run: run.steps_to(row.level)), to_dense(row, lambda run: run.gap)
-    return [row.name, cell('steps_to_level', '.1f'), format(steps, '1') if steps else '',
-            cell('level', '.4f'), cell('generalisation_gap', '+.4f'), str(gap or ''),
-            cell('highest_grad_norm', '.2f'), cell('loss_spikes', 'd'), cell('skipped_steps', 'd'),
-            cell('largest_drift', '.2f'), cell('predicted_seconds', '.4g', 1e3)]
+def ratio(logs):
+    return '' if logs is None else as_ratio(logs)
 
 
-def tables(rows):
-    """The two tables, each a list of lines of cells, the header first."""
-    return [HEADER, *map(cells, rows)], [MORE_HEADER, *map(more_cells, rows)]
+def more_columns(found):
+    """The same of the second table: how training went."""
+    table = {
+        'blocks': lambda row, own: row.blocks + row.note, 'tp': lambda row, own: str(row.tp_size),
+        'p, Dunnett': lambda row, own: number(own['p_dunnett'], '.2g'),
+        "times dense's steps": lambda row, own: ratio(step_ratio(row)),
+        'val minus train loss': lambda row, own: number(own['generalisation_gap'], '+.4f'),
+        'minus dense at equal loss': lambda row, own: str(gap_to_dense(row) or ''),
+        'highest grad norm': lambda row, own: number(own['highest_grad_norm'], '.2f'),
+        'spikes': lambda row, own: str(own['loss_spikes']),
+        'skipped': lambda row, own: str(own['skipped_steps']),
+        'largest drift': lambda row, own: number(own['largest_drift'], '.2f'),
+        'tokens/s': lambda row, own: number(own['tokens_per_sec'], ',.0f')}
+    if found.link:
+        table |= {'predicted ms/step': lambda row, own: number(own['predicted_seconds'], '.4g', 1e3),
+                  "time to dense's losses / all-tp's": lambda row, own: ratio(time_ratio(row, found.rows))}
+    return table
 
 
-def terminal_table(rows):
-    """The tables as aligned text."""
-    texts = []
-    for lines in tables(rows):
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        texts.append('\n'.join('  '.join(map(str.ljust, line, widths)).rstrip() for line in lines))
-    return '\n\n'.join(texts)
+def lines_of(found, table):
+    """A table as a list of lines of cells, the header first. Columns without a cell are left out."""
+    rows = [[cell(row, own) for cell in table.values()]
+            for row in found.rows for own in [record(row, found)]]
+    if 'predicted ms/step' in table:
+        place = list(table).index('predicted ms/step')
+        for name, low, high in exact_rivals(found.rows):
+            rows.append([name] + [''] * (len(table) - 1))
+            rows[-1][place:place + 2] = [f'{low * 1e3:.4g} to {high * 1e3:.4g}',
+                                         f'{1 / ASYNC_TP[1]:.2f} to {1 / ASYNC_TP[0]:.2f}']
+    used = [i for i in range(len(table)) if any(line[i] for line in rows)]
+    return [[line[i] for i in used] for line in [list(table), *rows]]
+
+
+def tables(found):
+    return lines_of(found, columns(found)), lines_of(found, more_columns(found))
+
+
+def aligned(lines):
+    """A table as aligned text."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return '\n'.join('  '.join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # for people
 
 
-def methods():
+@dataclass
+class Report:
+    """The words of a comparison, beside its findings."""
+    command: str
+    headlines: list  # the answer first
+    planned: list  # lines on what was planned
+    answers: list  # of answers.py
+    open: list  # of unanswered.py
+    notes: list  # what a reader must know is not in the table
+    unfinished: list  # Runs
+
+
+def screen(found, report):
+    """What the terminal shows: the answer, the table, up to six questions with a line, what is open."""
+    parts = [*report.headlines, '', subject([row.first for row in found.rows]),
+             aligned(lines_of(found, columns(found))), *report.planned, *report.notes, '']
+    for question, lines in report.answers[:6]:
+        more = f' ({len(lines) - 1} more in the report)' if len(lines) > 1 else ''
+        parts += [question, f'    {lines[0]}{more}']
+    parts += ['', 'What these runs cannot answer, and what would:'] if report.open else []
+    for question, command in report.open:
+        parts += [f'- {question}', f'    {command}']
+    return '\n'.join(parts)
+
+
+def methods(margin):
     """How to read the numbers, as sentences."""
-    return ['Loss in nats per token after the last step, mean over seeds. Differences are paired by seed, '
-            'with 95% Student-t intervals. One is called higher or lower only if it is above the rounding '
-            'floor and its interval excludes 0.',
-            'Steps to the level, a validation loss, are on straight lines between evaluations; the level is '
-            'the highest final loss of the runs of a recipe, which all of them reach, unless --level gave '
-            f'it. Gradient norms are those after warmup, before clipping. A loss spike is {SPIKE}. Drift is '
+    return ['Loss in nats per token after the last step, mean over seeds. Differences are paired by seed. '
+            'Their 95% intervals and bounds come from one spread for all configs of a recipe. Better: below '
+            "dense, Dunnett's p < 0.05. As good: the one-sided 95% upper bound is below the margin, "
+            f'{margin:g}. Worse: the lower bound is above it. The answer is the last config, from most '
+            'all-reduces to fewest, before the first that is neither better nor as good.',
+            "Times dense's steps: in what part of dense's steps its losses are reached, over its evaluations "
+            'after warmup. Gaps between validation and train loss are compared at equal validation loss. '
+            f'Gradient norms are those after warmup, before clipping. A loss spike is {SPIKE}. Drift is '
             '||d_r|| / ||c|| at the last evaluation, the largest of all sublayers, mean over seeds.']
 
 
-def markdown(rows, notes, answers, plots, command):
-    """table.md: the tables, what is missing from them, the answers and the plots. plots: {name: caption}"""
-    lines = ['# Validation loss against communications', '', f'{subject([row.first for row in rows])}.', '']
-    for header, *table in tables(rows):
+def markdown(found, report, plots):
+    """table.md: the answer, the tables, the questions, what is open, the plots. plots: {name: caption}"""
+    first, *others = report.headlines
+    lines = [f'# {first}', '', *(line for other in others for line in (other, '')),
+             f'{subject([row.first for row in found.rows])}.', '',
+             *(line for planned in report.planned for line in (planned, ''))]
+    for header, *table in tables(found):
         lines += [f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *table]] + ['']
-    lines += [line for sentences in methods() for line in (sentences, '')]
-    lines += [f'- {note}' for note in notes] + [''] * bool(notes)
-    lines += ["## The guide's questions", '']
-    for question, answer in answers:
+    lines += [line for sentences in methods(found.margin) for line in (sentences, '')]
+    lines += ['## Answers', '']
+    for question, answer in report.answers:
         lines += [f'- **{question}**', *(f'  - {line}' for line in answer)]
-    lines += ['', '## Plots', ''] + [f'![{caption}]({name}.png)\n' for name, caption in plots.items()]
-    return '\n'.join([*lines, 'Made by:', '', f'    {command}', ''])
+    lines += ['', '## What these runs cannot answer', ''] if report.open else []
+    lines += [f'- {question}: `{command}`' for question, command in report.open] + ['']
+    lines += ['## Notes', '', *(f'- {note}' for note in report.notes), ''] if report.notes else []
+    lines += ['## Plots', ''] + [f'![{caption}]({name}.png)\n' for name, caption in plots.items()]
+    return '\n'.join([*lines, 'Made by:', '', f'    {report.command}', ''])
 
 
 CSS = """
@@ -215,30 +332,35 @@ def html_figure(path, caption):
             f'<figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
-def page(rows, notes, answers, plots, command, folder):
+def page(found, report, plots, folder):
     """report.html. The plots, {name: caption}, are in the folder as SVG."""
-    main, more = (html_table(table) for table in tables(rows))
+    main, more = map(html_table, tables(found))
     figures = [html_figure(folder / f'{name}.svg', caption) for name, caption in plots.items()]
+    first, *others = report.headlines
+    commands = ''.join(f'<li>{html.escape(question)}<br><code>{html.escape(command)}</code></li>'
+                       for question, command in report.open)
+    meaning, training = (f'<p>{html.escape(sentences)}</p>' for sentences in methods(found.margin))
     parts = [
         '<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<title>Validation loss against communications</title><style>{CSS}</style></head><body>',
-        '<h1>Validation loss against communications</h1>',
-        f'<p>{html.escape(subject([row.first for row in rows]))}</p>',
-        *figures[:1], main, f'<p>{html.escape(methods()[0])}</p>',
-        '<h2>Not in the table</h2>' + html_list(notes) if notes else '',
-        "<h2>The guide's questions</h2>",
-        *(f'<h3>{html.escape(question)}</h3>{html_list(answer)}' for question, answer in answers),
-        '<h2>How training went</h2>', more, f'<p>{html.escape(methods()[1])}</p>',
+        f'<title>{TITLE}</title><style>{CSS}</style></head><body>',
+        f'<h1>{html.escape(first)}</h1>', html_list(others) if others else '',
+        f'<p>{html.escape(subject([row.first for row in found.rows]))}</p>',
+        *(f'<p>{html.escape(line)}</p>' for line in report.planned), main, meaning, *figures[:1],
+        '<h2>Answers</h2>',
+        *(f'<h3>{html.escape(question)}</h3>{html_list(answer)}' for question, answer in report.answers),
+        f'<h2>What these runs cannot answer</h2><ul>{commands}</ul>' if report.open else '',
+        '<h2>Notes</h2>' + html_list(report.notes) if report.notes else '',
+        '<h2>How training went</h2>', more, training,
         '<h2>Plots</h2>', *figures[1:],
-        f'<h2>Made by</h2><p><code>{html.escape(command)}</code></p></body></html>']
+        f'<h2>Made by</h2><p><code>{html.escape(report.command)}</code></p></body></html>']
     return '\n'.join(part for part in parts if part) + '\n'
 
 
 # for W&B
 
 
-def log_to_wandb(rows, answers, plots, folder, command):
+def log_to_wandb(found, report, plots, folder):
     """
     Log the table, answers, plots and report as one run of job_type compare, in the project of the first run.
 
@@ -250,12 +372,13 @@ def log_to_wandb(rows, answers, plots, folder, command):
     if 'WANDB_MODE' not in os.environ and not wandb.login(prompt=False):
         mode = 'offline'
         print(f'W&B has no key here and runs offline; `wandb sync {folder}/wandb/offline-run-*` uploads this')
-    records = [record(row) for row in rows]
-    first = rows[0].first
+    records = [record(row, found) for row in found.rows]
+    first = found.rows[0].first
     run = wandb.init(
         project=first.config['wandb_project'], name=folder.name, group=first.info['corpus']['name'],
-        job_type='compare', dir=folder, mode=mode, config=dict(command=command, folder=str(folder)))
-    lines = [[question, line] for question, answer in answers for line in answer]
+        job_type='compare', dir=folder, mode=mode, config=dict(command=report.command, folder=str(folder)))
+    lines = [['The answer', line] for line in report.headlines]
+    lines += [[question, line] for question, answer in report.answers for line in answer]
     run.log(dict(table=wandb.Table(list(records[0]), [list(line.values()) for line in records]),
                  answers=wandb.Table(['question', 'answer'], lines),
                  report=wandb.Html((folder / 'report.html').read_text(), inject=False),

@@ -3,7 +3,8 @@ The runs that train.py left, read from their folders or from W&B, and paired wit
 
 A Run is one folder. A Row is the finished runs that differ only in their seed; it knows the dense control of
 the same data and recipe. Differences are taken seed by seed and then averaged: a run shares its initial
-weights and batches with the control of its seed, so most of what the seed does to a loss cancels.
+weights and batches with the control of its seed, so most of what the seed does to a loss cancels. With a
+tuned key (tuning.py), a row has the runs at its config's best value of that key.
 
 References  Student's t interval of paired differences: Student (1908), Biometrika 6(1)
 """
@@ -11,18 +12,23 @@ References  Student's t interval of paired differences: Student (1908), Biometri
 import json
 import math
 import statistics
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from scipy.stats import t
+
+from analysis.tuning import Tuning, free_keys
+from analysis.verdicts import Spread, Verdict, paired_t
 from configurator import VARIED, complete, fail, pattern, read_defaults, recipe
 from training.rundir import read_info, read_metrics
 
 TOKENS = dict(byte='byte', char='character', gpt2='GPT-2')
 GUIDE_TYPES = {'tp', 'spd', 'parallel'}  # the guide's block types; any other gets a curve of its own
-OTHER_VARIED = sorted(VARIED - {'seed', 'block_types', 'tp_size'})
+# block_types_at is part of block_types once these are resolved
+OTHER_VARIED = sorted(VARIED - {'seed', 'block_types', 'block_types_at', 'tp_size'})
 
 SPIKE_LINES = 10
 SPIKE = (f'a logged training loss above the highest of the {SPIKE_LINES} logged before it by more than their '
@@ -119,6 +125,19 @@ class Run:
                 return step + part * (next_step - step)
         return None
 
+    def gap_at(self, level):
+        """
+        The level minus the loss on fixed windows of train where the validation loss first reaches it, on
+        straight lines between evaluations; None if it never does, or those windows were not read.
+        """
+        step = self.steps_to(level)
+        points = [(at, line['fixed_train_loss']) for at, line in sorted(self.evals.items())
+                  if line.get('fixed_train_loss') is not None]
+        if step is None or not points or not points[0][0] <= step <= points[-1][0]:
+            return None
+        steps, losses = zip(*points)
+        return level - float(np.interp(step, steps, losses))
+
 
 def find_trouble(info, evals, logs):
     """Why a run with a run.json is in no mean; '' if it is in one."""
@@ -180,29 +199,31 @@ def read_wandb_run(wandb_run):
 # what may be compared with what
 
 
-def settings(run):
-    """The recipe and the corpus of a run, as a dict."""
+def settings(run, free=frozenset()):
+    """The recipe and the corpus of a run, as a dict, without the keys that are free to differ."""
     corpus = run.info['corpus']
     named = {f'corpus {key}': corpus[key] for key in ('corpus', 'tokenizer', 'val_sha256')}
-    return recipe(run.config) | named
+    return {key: value for key, value in (recipe(run.config) | named).items() if key not in free}
 
 
-def differing(runs):
+def differing(runs, free):
     """The settings in which runs differ: {key: {value as text: first folder with it}}."""
     seen = {}
     for run in runs:
-        for key, value in settings(run).items():
+        for key, value in settings(run, free).items():
             seen.setdefault(key, {}).setdefault(json.dumps(value), run.folder)
     return {key: values for key, values in seen.items() if len(values) > 1}
 
 
-def refuse_mixed(runs):
+def refuse_mixed(runs, tuned=None):
     """End the program, in one line that says what differs, if the runs have not one corpus and recipe."""
+    found = differing(runs, free_keys(runs, tuned))
     differences = [f'{key} is ' + ' and '.join(f'{value} in {folder}' for value, folder in values.items())
-                   for key, values in differing(runs).items()]
+                   for key, values in found.items()]
     if differences:
+        hint = ', or --tuned=learning_rate for a sweep over it' * ('learning_rate' in found)
         fail(f'these runs cannot be compared: {"; ".join(differences)}. '
-             'Name folders that agree, or give --mix')
+             f'Name folders that agree, or give --mix{hint}')
 
 
 def variation(run):
@@ -212,15 +233,18 @@ def variation(run):
             if config[key] != defaults[key][0] and not (key == 'merge' and config['tp_size'] == 1)}
 
 
+def all_layers_tp(run):
+    return set(run.config['block_types']) == {'tp'} and not variation(run)
+
+
 def is_dense(run):
-    """Whether a run is a dense control, whose block types and merge do not matter."""
-    return run.config['tp_size'] == 1 and not variation(run)
+    """Whether a run is a dense control: one rank, every layer tp, nothing varied."""
+    return run.config['tp_size'] == 1 and all_layers_tp(run)
 
 
 def is_all_tp(run):
     """Whether a run is tensor-parallel and syncs wherever Megatron does: equal to dense, up to rounding."""
-    config = run.config
-    return config['tp_size'] > 1 and set(config['block_types']) == {'tp'} and not variation(run)
+    return run.config['tp_size'] > 1 and all_layers_tp(run)
 
 
 @dataclass(eq=False)
@@ -229,10 +253,17 @@ class Row:
     runs: dict  # seed -> Run
     name: str
     level: float  # the loss that convergence is timed to, nats per token
+    settings: dict  # of all its runs
     note: str = ''  # under --mix: what sets it apart
     control: 'Row | None' = None  # the dense control of the same settings; a control has none
-    floor: float | None = None  # the rounding floor of its tp_size, nats per token
     seconds: float | None = None  # predicted for a step over --link
+    tuning: Tuning | None = None  # under --tuned
+    preliminary: bool = False  # its runs are those that chose the best value
+    # set by families.judge_rows
+    margin: float | None = None  # nats per token
+    spread: Spread | None = None  # of its recipe
+    verdict: Verdict | None = None  # against its control
+    planned: bool = False  # whether the plan names it
 
     def __post_init__(self):
         self.first = next(iter(self.runs.values()))
@@ -243,6 +274,11 @@ class Row:
         self.all_reduces = self.first.info['all_reduces']
         self.losses = {seed: run.loss for seed, run in self.runs.items()}
         self.loss = statistics.mean(self.losses.values())
+
+    @property
+    def word(self):
+        """Its verdict as a word; '' if there is none."""
+        return self.verdict.word or '' if self.verdict else ''
 
     @property
     def other_types(self):
@@ -262,13 +298,19 @@ class Row:
     @property
     def blocks(self):
         """Its blocks and variation in short form."""
-        return 'dense' if self.dense else pattern(self.block_types) + self.varied
+        return 'dense' if self.dense else self.twin or pattern(self.block_types) + self.varied
+
+    @property
+    def twin(self):
+        """What to call it if it is a dense control with perturbed initial weights; '' if it is not."""
+        twin = self.tp_size == 1 and set(self.block_types) == {'tp'} and set(self.variation) == {'perturb'}
+        return f'dense, weights perturbed by {self.variation["perturb"]:g}' if twin else ''
 
     @property
     def label(self):
         """A few words for a plot."""
         words = f'{self.communications}: {pattern(self.block_types)}, tp_size {self.tp_size}{self.varied}'
-        return ('dense control' if self.dense else words) + self.note
+        return ('dense control' if self.dense else self.twin or words) + self.note
 
     @property
     def title(self):
@@ -287,77 +329,99 @@ class Row:
         return statistics.mean(values) if values else None
 
 
-def group(runs, level=None, predict=None):
+def by_note(rows):
+    """The rows of each recipe that --mix mixed: {note: rows}."""
+    recipes = {}
+    for row in rows:
+        recipes.setdefault(row.note, []).append(row)
+    return recipes
+
+
+def group(runs, level=None, predict=None, tuned=None, diverged=()):
     """
     Finished runs as rows: each dense control, then its configs with most communications first.
 
     level: the loss that convergence is timed to; None for the highest final loss of the runs that share their
     settings, which all of them reach. predict: a function of a run that returns the predicted seconds of its
-    step, or None. Ends the program if a run is there twice: an average would count it double, and a choice
-    would be a guess.
+    step, or None. tuned: a Tuned, or None. diverged: runs whose loss is not finite, which bound its grids.
+    Ends the program if a run is there twice: an average would count it double, and a choice would be a guess.
     """
-    mixed, recipes = differing(runs), {}
+    free = free_keys([*runs, *diverged], tuned)
+    mixed, recipes = differing(runs, free), {}
+    names = Counter()
     for run in sorted(runs, key=lambda run: run.config['seed']):
-        kinds = recipes.setdefault(json.dumps(settings(run), sort_keys=True), {})
-        config = run.config['tp_size'], run.config['block_types'], variation(run)
-        seeds = kinds.setdefault('dense' if is_dense(run) else json.dumps(config), {})
+        kinds = recipes.setdefault(json.dumps(settings(run, free), sort_keys=True), {})
+        values = kinds.setdefault(kind_of(run), {})
+        seeds = values.setdefault(tuned and run.config[tuned.key], {})
         twin = seeds.setdefault(run.config['seed'], run)
         if twin is not run:
             fail(f'{twin.folder} and {run.folder} are one run twice, of seed {run.config["seed"]}: name one')
-    names = Counter(next(iter(seeds.values())).name for kinds in recipes.values() for seeds in kinds.values())
-    rows = [row for kinds in recipes.values() for row in make_rows(kinds, level, predict, mixed, names)]
+    for kinds in recipes.values():
+        names.update(next(iter(next(iter(values.values())).values())).name for values in kinds.values())
+    rows = []
+    for key, kinds in recipes.items():
+        grids = {kind: Tuning(tuned, values, {
+            run.config[tuned.key] for run in diverged
+            if kind_of(run) == kind and json.dumps(settings(run, free), sort_keys=True) == key})
+            for kind, values in kinds.items()} if tuned else {}
+        rows += make_rows(kinds, grids, json.loads(key), level, predict, mixed, names)
     # sizes in their order: n_embd 64 before n_embd 128
-    return sorted(rows, key=lambda row: (row.first.info['parameters'], row.note, not row.dense,
-                                         -row.communications, row.tp_size, row.varied, row.other_types,
-                                         row.name))
+    return sorted(rows, key=lambda row: (row.first.info['parameters'], row.first.config['max_iters'],
+                                         row.note, not row.dense, -row.communications, row.tp_size,
+                                         row.varied, row.other_types, row.name))
 
 
-def make_rows(kinds, level, predict, mixed, names):
+def kind_of(run):
+    """What makes two runs of one recipe one config, as text."""
+    config = run.config
+    return 'dense' if is_dense(run) else json.dumps(
+        [config['tp_size'], config['block_types'], variation(run)])
+
+
+def choose_runs(kinds, grids):
+    """
+    ({kind: {seed: run}}, whether they are preliminary) at each config's best value, of the answer's seeds.
+
+    Until dense and another config have finished one of these, they are the tuning seeds' runs, and
+    preliminary. Without grids they are all runs.
+    """
+    if not grids:
+        return {kind: values[None] for kind, values in kinds.items()}, False
+    chosen = {kind: grid.chosen(for_answer=True) for kind, grid in grids.items()}
+    preliminary = not chosen.get('dense') or sum(map(bool, chosen.values())) < 2
+    if preliminary:
+        chosen = {kind: grid.chosen(for_answer=False) or chosen[kind] for kind, grid in grids.items()}
+    return {kind: seeds for kind, seeds in chosen.items() if seeds}, preliminary
+
+
+def make_rows(kinds, grids, shared, level, predict, mixed, names):
     """
     The rows of the runs that share their settings. level, predict: as in group()
 
-    kinds: {'dense' or a config: {seed: run}}. mixed: the settings that differ between recipes, for the notes.
-    names: how many rows have a name; a name that is not unique gets the note.
+    kinds: {'dense' or a config: {value of the tuned key, or None: {seed: run}}}. grids: {the same: Tuning}.
+    shared: their settings. mixed: the settings that differ between recipes, for the notes. names: how many
+    configs have a name; one that is not unique gets the note.
     """
-    dense = kinds.get('dense', {})
+    chosen, preliminary = choose_runs(kinds, grids)
     if level is None:
-        level = max(run.loss for seeds in kinds.values() for run in seeds.values())
-    floors = {}
-    for seeds in kinds.values():
-        first = next(iter(seeds.values()))
-        if is_all_tp(first):
-            floors[first.config['tp_size']] = rounding_floor(seeds, dense)
+        level = max((run.loss for seeds in chosen.values() for run in seeds.values()), default=None)
+    note = ''.join(f', {key} {str(shared[key])[:24]}' for key in mixed)
     rows = []
-    for kind in sorted(kinds, key=lambda kind: kind != 'dense'):  # the control first: the others refer to it
-        first = next(iter(kinds[kind].values()))
-        note = ''.join(f', {key} {str(settings(first)[key])[:24]}' for key in mixed)
+    for kind in sorted(chosen, key=lambda kind: kind != 'dense'):  # the control first: others refer to it
+        first = next(iter(chosen[kind].values()))
         rows.append(Row(
-            kinds[kind], name=first.name + note * (names[first.name] > 1), level=level, note=note,
-            control=rows[0] if rows and dense else None, floor=floors.get(first.config['tp_size']),
-            seconds=predict(first) if predict else None))
+            chosen[kind], name=first.name + note * (names[first.name] > 1), level=level, settings=shared,
+            note=note, control=rows[0] if rows and 'dense' in chosen else None,
+            seconds=predict(first) if predict else None, tuning=grids.get(kind), preliminary=preliminary))
     return rows
 
 
 # the numbers
 
 
-def t_quantile(df):
-    """The 97.5% quantile of Student's t with df degrees of freedom."""
-    from scipy.stats import t  # takes most of a second to import, which --help need not wait for
-    return float(t.ppf(0.975, df))
-
-
-def t_test(values):
-    """scipy's two-sided t-test that the mean of the values is 0."""
-    from scipy.stats import ttest_1samp
-    with warnings.catch_warnings():  # of equal values, such as the differences of equal networks
-        warnings.simplefilter('ignore', RuntimeWarning)
-        return ttest_1samp(values, 0)
-
-
 @dataclass
 class Estimate:
-    """A mean, half the width of its 95% interval (None for n = 1, which has no interval), and n."""
+    """A mean, half the width of its 95% interval (None if there is none), and n."""
     mean: float
     half: float | None
     n: int
@@ -366,7 +430,7 @@ class Estimate:
         """digits: after the point, 4 by default"""
         form = f'+.{digits or 4}f'
         if self.half is None:
-            return f'{self.mean:{form}} (one seed, no interval)'
+            return f'{self.mean:{form}} ({f"n={self.n}" if self.n > 1 else "one seed, no interval"})'
         return f'{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}] (n={self.n})'
 
     def __str__(self):
@@ -390,11 +454,21 @@ def estimate(values):
     """Mean and 95% Student-t interval of a list of numbers; None for an empty one."""
     if not values:
         return None
-    mean = statistics.mean(values)  # exact: the mean of equal values is that value, at a rounding floor too
-    if len(values) == 1:
-        return Estimate(mean, None, 1)
-    interval = t_test(values).confidence_interval(0.95)
-    return Estimate(mean, float(interval.high - interval.low) / 2, len(values))
+    mean = statistics.mean(values)  # exact: the mean of equal values is that value
+    interval = paired_t(values)
+    return Estimate(mean, (interval[1] - interval[0]) / 2 if interval else None, len(values))
+
+
+def by_spread(values, spread):
+    """
+    Mean and 95% interval of paired differences of final losses, from the spread of their family; None for an
+    empty list. Without a spread, or if all are 0 to the last bit, there is no interval.
+    """
+    if not values:
+        return None
+    n = len(values)
+    half = None if spread is None else t.isf(0.025, spread.df) * spread.error(n)
+    return Estimate(math.fsum(values) / n, float(half) if half is not None and any(values) else None, n)
 
 
 def final_loss(run):
@@ -403,42 +477,14 @@ def final_loss(run):
 
 def paired(row, other, measure=final_loss):
     """row minus other in measure(run), over the seeds that both have; None if they share none."""
-    if other is None:
-        return None
-    own, theirs = row.values(measure), other.values(measure)
-    return estimate([own[seed] - theirs[seed] for seed in own if seed in theirs])
+    own, theirs = row.values(measure), other.values(measure) if other else {}
+    values = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+    return by_spread(values, row.spread) if measure is final_loss else estimate(values)
 
 
 def to_dense(row, measure=final_loss):
     """A row's paired difference to its dense control; None for the control itself and without one."""
     return None if row.dense else paired(row, row.control, measure)
-
-
-def rounding_floor(all_tp, dense):
-    """
-    The largest |all-tp minus dense| over the seeds, given as {seed: run}; None if they share no seed.
-
-    The two networks are equal functions, so only rounding sets them apart. The largest, not the mean: a
-    difference must exceed what rounding did to any seed.
-    """
-    gaps = [abs(run.loss - dense[seed].loss) for seed, run in all_tp.items() if seed in dense]
-    return max(gaps, default=None)
-
-
-def judge(difference, floor):
-    """The verdict on a difference: real only above the floor, and if its interval excludes 0."""
-    if difference is None:
-        return 'no pair of runs'
-    if floor is not None and abs(difference.mean) <= floor:
-        return 'no difference'
-    if not difference.clear:
-        return 'undecided'
-    return ('higher' if difference.mean > 0 else 'lower') + ('' if floor is not None else ', floor unknown')
-
-
-def verdict(difference, floor):
-    """A difference and the verdict on it."""
-    return judge(None, floor) if difference is None else f'{difference}: {judge(difference, floor)}'
 
 
 def subject(runs):

@@ -1,10 +1,9 @@
 """
-compare.py on run folders written here, with differences that can be worked out by hand.
+compare.py on run folders written here: which runs are compared, what is written, W&B.
 
     python -m pytest tests/test_compare.py
 """
 
-import csv
 import json
 import math
 import re
@@ -13,85 +12,29 @@ import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
 
 import compare
-from analysis import answers, findings, plots, runs
-from configurator import COMMUNICATIONS, ROOT, communications, load, pattern
+from analysis import findings, plots, runs
+from analysis.findings import find_all
+from analysis.verdicts import additive_spread
+from configurator import ROOT, pattern
 from toy_runs import wandb_records
 from training.logger import CHARTS, TRACKED
-from training.rundir import find_runs
-
-TP, SPD, PARALLEL = ['tp'] * 4, ['spd'] * 4, ['parallel'] * 4  # 8, 4 and 2 communications
-DENSE = {1: 2.0, 2: 2.1, 3: 2.2}
-LINES = [dict(iter=0, val_loss=5.5), dict(iter=10, train_loss=4.0, tokens_per_sec=10.0),
-         dict(iter=20, train_loss=3.0, tokens_per_sec=30.0)]
-
-
-def write_run(root, name, losses, block_types=TP, tp_size=4, state='finished', corpus=(), info=(),
-              lines=LINES, last=(), **keys):
-    """
-    Run folders root/name-seedN, one for each seed of {seed: final validation loss}.
-
-    corpus, info: what run.json has there besides, or instead. lines: of metrics.jsonl before the last
-    evaluation. last: what that has besides the loss. keys: of the config.
-    """
-    for seed, loss in losses.items():
-        folder = root / f'{name}-seed{seed}'
-        folder.mkdir(parents=True)
-        config = dict(out_dir=str(folder), seed=seed, block_types=block_types, tp_size=tp_size,
-                      dataset='pystdlib', max_iters=20, device='cpu', n_embd=64, warmup_iters=0) | keys
-        known = [name.removeprefix('mean_') for name in block_types]
-        counted = communications([name if name in COMMUNICATIONS else 'spd' for name in known], tp_size)
-        reduced = 0 if tp_size == 1 else 3
-        run = dict(name=folder.name, state=state, config=config, parameters=620_032, iter=config['max_iters'],
-                   val_loss=loss, communications=counted, all_reduces=dict(forward=reduced, backward=reduced),
-                   corpus=dict(name='pystdlib', corpus='Some text', tokenizer='byte', vocab_size=257,
-                               val_sha256='ab') | dict(corpus)) | dict(info)
-        (folder / 'run.json').write_text(json.dumps(run))
-        written = lines + [dict(iter=config['max_iters'], val_loss=loss) | dict(last)] * (state == 'finished')
-        (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in written))
-
-
-def shifted(*shifts):
-    """The dense control's losses plus these, seed by seed."""
-    return {seed: loss + shift for (seed, loss), shift in zip(DENSE.items(), shifts)}
-
-
-def read_all(root):
-    return [runs.read_run(folder) for folder in find_runs([root])[0]]
-
-
-def rows_under(root, level=None, predict=None):
-    """The rows of the finished runs under root."""
-    return runs.group([run for run in read_all(root) if not run.trouble], level, predict)
-
-
-def table(root):
-    """{communications: row} of the finished runs under root."""
-    return {row.communications: row for row in rows_under(root)}
-
-
-def compare_all(root, *flags):
-    """compare.py on the runs under root. Returns the folder of its outputs."""
-    compare.main([str(root), f'--out={root / "compare"}', *flags])
-    return root / 'compare'
-
-
-def csv_lines(folder):
-    with open(folder / 'table.csv') as file:
-        return list(csv.DictReader(file))
-
-
-def refused(*argv):
-    """The one line with which compare.py ends."""
-    with pytest.raises(SystemExit) as end:
-        compare.main([str(arg) for arg in argv])
-    message = end.value.code
-    assert isinstance(message, str) and message.startswith('error: ') and len(message.splitlines()) == 1
-    return message
+from written_runs import (
+    DENSE,
+    PARALLEL,
+    SPD,
+    by_count,
+    compare_all,
+    csv_lines,
+    logged,
+    refused,
+    rows_under,
+    shifted,
+    table,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -103,22 +46,24 @@ def no_plots(monkeypatch):
 # pairs and verdicts
 
 
-def test_differences_are_paired_and_judged(tmp_path):
+def test_differences_are_paired_and_judged_by_one_spread(tmp_path):
     write_run(tmp_path, 'dense', DENSE, tp_size=1)
-    write_run(tmp_path, '8comm', shifted(-0.001, 0.002, 0.001))
+    write_run(tmp_path, '8comm', DENSE)
     write_run(tmp_path, '4comm', shifted(0.020, 0.021, 0.022), SPD)
-    write_run(tmp_path, '2comm', shifted(0.0015, 0.0015, 0.0016), PARALLEL)
+    write_run(tmp_path, '2comm', shifted(-0.003, 0.0, 0.003), PARALLEL)
     rows = table(tmp_path)
-    assert list(rows) == [0, 8, 4, 2]
-    spread = runs.to_dense(rows[4])
-    # standard deviation 0.001 and, from a table, t(0.975, 2) = 4.302653
-    assert spread.n == 3 and spread.mean == pytest.approx(0.021)
-    assert spread.half == pytest.approx(4.302653 * 0.001 / math.sqrt(3), rel=1e-5)
-    assert [rows[count].floor for count in (8, 4, 2)] == pytest.approx([0.002] * 3)
-    assert runs.judge(spread, 0.002) == 'higher'
-    assert runs.judge(runs.to_dense(rows[2]), 0.002) == 'no difference'  # though its interval excludes 0
-    assert runs.judge(runs.estimate([0.01, 0.02, 0.03]), 0.002) == 'undecided'  # 0.02 +- 0.0248
-    assert runs.judge(runs.estimate([-0.1, -0.11]), None) == 'lower, floor unknown'
+    assert list(rows) == [0, 8, 4, 2] and rows[8].word == 'identical'
+    # residuals by config about -0.0135, 0 and 0.0135: 0, 4 and 2 communications have, seed by seed,
+    # (4, 1, -5) / 3, (1, 1, -2) / 3 and (-5, -2, 7) / 3 thousandths at most; df is (3 - 1) (3 - 1)
+    spread = additive_spread([list(rows[count].losses.values()) for count in (0, 4, 2)])
+    assert spread.df == 4 and rows[4].spread == rows[2].spread
+    assert rows[4].spread.s == pytest.approx(spread.s)
+    difference = runs.to_dense(rows[4])
+    assert (difference.n, difference.mean) == (3, pytest.approx(0.021))
+    half = spread.s * math.sqrt(2 / 3)
+    assert difference.half == pytest.approx(2.776445 * half, rel=1e-5)  # t(0.975, 4), from a table
+    assert rows[4].verdict.upper == pytest.approx(0.021 + 2.131847 * half, rel=1e-5)  # t(0.95, 4)
+    assert (rows[2].word, rows[4].word) == ('as good', 'undecided')
 
 
 @pytest.mark.filterwarnings('error')
@@ -126,14 +71,14 @@ def test_differences_are_paired_and_judged(tmp_path):
 def test_equal_differences_have_an_interval_without_width_and_no_warning(value):
     found = runs.estimate([value] * 3)
     assert (found.mean, found.n) == (value, 3) and found.half < 1e-15
-    assert findings.p_value([value] * 3) == pytest.approx(float(value == 0))
+    assert findings.p_value([value] * 3) == float(value == 0)
 
 
-def test_one_seed_has_no_interval(tmp_path):
+def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
     write_run(tmp_path, 'dense', {7: 2.0}, tp_size=1)
     write_run(tmp_path, '4comm', {7: 2.5}, SPD)
     row = table(tmp_path)[4]
-    assert runs.verdict(runs.to_dense(row), row.floor) == '+0.5000 (one seed, no interval): undecided'
+    assert str(runs.to_dense(row)) == '+0.5000 (one seed, no interval)' and row.word == ''
 
 
 def test_pairs_are_of_one_seed(tmp_path):
@@ -141,8 +86,8 @@ def test_pairs_are_of_one_seed(tmp_path):
     write_run(tmp_path, '4comm', {2: 3.5, 3: 9.0}, SPD)
     row = table(tmp_path)[4]
     assert runs.to_dense(row) == runs.Estimate(0.5, None, 1)
-    assert compare.missing_notes([row], []) == [
-        '4comm: no dense control of seed 3, not in its difference',
+    assert compare.missing_notes([row], [], []) == [
+        'spd x 4 (tp_size 4): no dense control of seed 3, not in its difference',
         'val losses are means over different seeds: compare the differences, not the losses']
     assert plots.height(row) == row.control.loss + 0.5
 
@@ -159,15 +104,22 @@ def test_a_perturbed_dense_run_is_no_control(tmp_path):
     write_run(tmp_path, 'dense', DENSE, tp_size=1)
     write_run(tmp_path, 'twin', shifted(0.001, 0.002, 0.003), tp_size=1, perturb=1e-7)
     dense, twin = rows_under(tmp_path)
-    assert (dense.name, twin.control, twin.title) == ('dense', dense, 'tp x 4 (tp_size 1, perturb 1e-07)')
+    assert (dense.name, twin.control, twin.blocks) == ('dense', dense, 'dense, weights perturbed by 1e-07')
     assert runs.to_dense(twin).mean == pytest.approx(0.002)
 
 
+def test_a_rival_with_one_rank_is_no_control(tmp_path):
+    write_run(tmp_path, 'dense', DENSE, tp_size=1)
+    write_run(tmp_path, 'palm', shifted(0.1, 0.1, 0.1), ['palm'] * 4, tp_size=1)
+    dense, palm = rows_under(tmp_path)
+    assert dense.dense and palm.control is dense and not palm.dense
+
+
 @pytest.mark.parametrize('change', [dict(merge='mean'), dict(perturb=1e-7), dict(embed_scale=2.0)])
-def test_tp_blocks_with_a_variation_set_no_rounding_floor(tmp_path, change):
+def test_tp_blocks_with_a_variation_are_tested(tmp_path, change):
     write_run(tmp_path, 'dense', DENSE, tp_size=1)
     write_run(tmp_path, 'varied', shifted(0.1, 0.1, 0.1), **change)
-    assert table(tmp_path)[8].floor is None
+    assert table(tmp_path)[8].word == 'worse'
 
 
 # which runs are compared
@@ -207,8 +159,10 @@ def test_mixed_runs_are_refused(tmp_path, capsys, no_plots, other, difference):
     message = refused(tmp_path, '--out', tmp_path / 'cmp')
     assert difference in message and '4comm-seed1' in message and 'dense-seed1' in message
     assert message.count(' is ') == 1  # nothing else differs
+    assert ('--tuned=learning_rate' in message) == ('learning_rate' in other)
     compare_all(tmp_path, '--mix')
-    assert 'no dense control among these runs' in capsys.readouterr().out  # none of its own recipe and corpus
+    # none of its own recipe and corpus
+    assert 'no dense control among these runs' in capsys.readouterr().out
 
 
 def test_runs_whose_recipe_is_the_same_compare(tmp_path):
@@ -245,7 +199,7 @@ def test_a_run_given_twice_is_refused(tmp_path):
 def test_without_a_dense_control_differences_are_blank(tmp_path, capsys, no_plots):
     write_run(tmp_path, '4comm', {1: 2.0}, SPD)
     lines = csv_lines(compare_all(tmp_path))
-    assert '4comm: no dense control among these runs' in capsys.readouterr().out
+    assert 'no dense control among these runs' in capsys.readouterr().out
     assert lines[0]['difference'] == ''
 
 
@@ -264,7 +218,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.links += [value for name, value in attributes if name in ('src', 'href')]
-        self.open += [tag] if tag not in ('meta', 'img') else []
+        self.open += [tag] if tag not in ('meta', 'img', 'br') else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -272,24 +226,29 @@ class Page(HTMLParser):
 
 def test_outputs_agree(tmp_path, capsys):
     write_run(tmp_path / 'out', 'dense', DENSE, tp_size=1)
-    write_run(tmp_path / 'out', '8comm', shifted(0.001, 0.0, 0.0))
-    write_run(tmp_path / 'out', '4comm', shifted(0.02, 0.021, 0.022), SPD)
+    write_run(tmp_path / 'out', '8comm', DENSE)
+    write_run(tmp_path / 'out', '4comm', shifted(0.001, 0.002, 0.003), SPD)
     write_run(tmp_path / 'out', '<4>comm', {9: 2.0}, SPD, state='failed')
     (tmp_path / 'out/compare').mkdir()
     (tmp_path / 'out/compare/drift.svg').write_text('of an earlier comparison')
     out = compare_all(tmp_path / 'out')
     printed, text = capsys.readouterr().out, (out / 'table.md').read_text()
     page = (out / 'report.html').read_text().replace('\xa0', ' ')
-    for output in (printed, text, page):
-        assert 'Some text, byte tokens, 20 steps' in output and '+0.0210 [+0.0185, +0.0235] (n=3)' in output
-        assert 'higher' in output and 'seed9: failed, last seen at step 20 of 20' in output
     found, lines = json.loads((out / 'table.json').read_text()), csv_lines(out)
+    answer = found['headlines'][0]
+    assert answer.startswith('At one learning rate, untuned: 4 communications (4 all-reduces) are the fewest')
+    assert printed.startswith(f'{answer}\n')
+    assert text.startswith(f'# {answer}\n') and page.index(answer) < page.index('<table>')
+    for output in (printed, text, page):
+        assert 'Some text, byte tokens, 20 steps' in output and '+0.0020 [-0.0005, +0.0045] (n=3)' in output
+        assert 'as good' in output and 'seed9: failed, last seen at step 20 of 20' in output
+    assert found['answer']['block_types'] == SPD and found['answer']['difference'] == pytest.approx(0.002)
     for row, line in zip(found['rows'], lines):
         for key, value in line.items():
             if key != 'block_types':
                 assert value == ('' if row[key] is None else str(row[key]))
     assert [line['run'] for line in lines] == ['dense', '8comm', '4comm', '<4>comm-seed9']
-    assert len(found['rows']) == 3 and found['rows'][2]['runs'][0]['val_loss'] == 2.02
+    assert len(found['rows']) == 3 and found['rows'][2]['runs'][0]['val_loss'] == 2.001
     assert [run['state'] for run in found['unfinished']] == [lines[3]['state']]
     assert not (out / 'drift.svg').exists()
     for name in ('loss_vs_communications', 'paired_differences', 'training_curves', 'tokens_per_sec'):
@@ -313,11 +272,6 @@ def test_plots_are_the_same_byte_for_byte(tmp_path, monkeypatch):
         assert (tmp_path / 'one' / file).read_bytes() == (tmp_path / 'other' / file).read_bytes()
 
 
-def by_count(run):
-    """A predicted step time that rises with the communications."""
-    return run.info['communications'] / 1000
-
-
 def test_every_plot_draws_many_configs(tmp_path):
     apart = dict(drift=[0.0, 0.1, 0.3], drift_cosine=[None, 0.5, -0.5])
     kinds = dict(a=(['tp', 'spd'] * 2, 'sum'), b=(['tp', 'tp', 'spd', 'spd'], 'sum'), c=(SPD, 'sum'),
@@ -330,286 +284,7 @@ def test_every_plot_draws_many_configs(tmp_path):
             types, merge = kinds[name]
             write_run(tmp_path / 'out', f'{name}{width}', shifted(0, 0.1, 0.2), types, merge=merge, **size)
     rows = rows_under(tmp_path / 'out', predict=by_count)
-    assert plots.draw_all(rows, tmp_path).keys() == plots.PLOTS.keys() - {'tokens_per_sec'}
-
-
-# the guide's thresholds
-
-FULL = dict(corpus=dict(tokenizer='gpt2'), info=dict(parameters=124_373_760), dataset='fineweb',
-            max_iters=20_000)
-
-
-@pytest.mark.parametrize('losses, answer', [
-    ({1: 3.30, 2: 3.31, 3: 3.30}, 'yes'),
-    ({1: 3.30, 2: 3.36, 3: 3.33}, 'undecided'),
-    ({1: 3.37, 2: 3.38, 3: 3.37}, 'no'),
-    ({1: 3.34}, 'yes, 3.3400 in one seed, no interval'),
-])
-def test_thresholds_at_the_guides_scale(tmp_path, losses, answer):
-    write_run(tmp_path, '12comm', losses, ['spd'] * 12, **FULL)
-    (line, relative) = answers.goal([table(tmp_path)[12]], 12, 3.35)
-    assert line.startswith(f'spd x 12 (tp_size 4): {answer}') and 'no pair of runs' in relative
-
-
-@pytest.mark.parametrize('off', [
-    dict(corpus=dict(tokenizer='byte')), dict(info=dict(parameters=620_032)), dict(dataset='pystdlib'),
-    dict(max_iters=600)])
-def test_thresholds_are_not_applied_elsewhere(tmp_path, off):
-    write_run(tmp_path, '12comm', {1: 2.0}, ['spd'] * 12, **(FULL | off))
-    (line, relative) = answers.goal([table(tmp_path)[12]], 12, 3.35)
-    assert line.startswith(f'{answers.UNANSWERED} in its absolute form')
-    assert relative.startswith('relative form')
-    assert answers.goal([], 12, 3.35)[0].startswith(answers.UNANSWERED)
-
-
-# cliffs
-
-COUNTS = {24: ['tp'] * 12, 18: ['tp', 'spd'] * 6, 16: ['tp', 'spd', 'spd'] * 4, 12: ['spd'] * 12,
-          8: ['spd', 'parallel'] * 6, 6: ['spd', 'parallel', 'parallel'] * 4, 2: ['parallel'] * 12}
-
-
-def points(losses):
-    """A curve of nothing but its points. losses: {communications: {seed: loss}}"""
-    return [SimpleNamespace(communications=count, losses=own) for count, own in losses.items()]
-
-
-def write_curve(tmp_path, mean, seeds=5, noise=0.002):
-    """
-    The curve of runs that lie mean(communications) above the dense control.
-
-    From seed to seed the control varies by ten times as much as the differences to it.
-    """
-    random = np.random.default_rng(1)
-    dense = {seed: 2 + 10 * noise * random.standard_normal() for seed in range(seeds)}
-    write_run(tmp_path, 'dense', dense, tp_size=1)
-    for count, types in COUNTS.items():
-        off = {seed: noise * random.standard_normal() * (count < 24) for seed in dense}
-        losses = {seed: dense[seed] + mean(count) + off[seed] for seed in dense}
-        write_run(tmp_path, f'{count}comm', losses, types)
-    return findings.curves(rows_under(tmp_path))[0]
-
-
-@pytest.mark.parametrize('mean, answer', [
-    (lambda count: 0.0005 * (24 - count) + 0.02 * max(0, 8 - count), 'yes: below 8 communications'),
-    (lambda count: 0.004 * (24 - count), 'no'),
-    (lambda count: -0.05 * math.log(count / 24), 'but as a logarithm does: gradual'),
-    (lambda count: -0.0005 * (24 - count) - 0.02 * max(0, 8 - count), 'no: the loss does not rise'),
-    (lambda count: 0.0, 'no'),
-    (lambda count: 0.5 + 0.02 * max(0, 8 - count), 'within the rounding floor of 5.0e-01'),
-])
-def test_a_cliff_is_told_from_a_line_and_a_logarithm(tmp_path, mean, answer):
-    line = answers.cliff(write_curve(tmp_path, mean))[0]
-    assert answer in line and line.startswith('yes') == answer.startswith('yes')
-
-
-def test_a_bend_is_recovered_and_its_p_value_corrected_for_the_choice_of_place():
-    bends = [0.001, 0.002, 0.0022, 0.0031]  # of the seeds
-    bend = findings.fit_bend(points({
-        count: {seed: 2 + seed + 0.004 * (24 - count) + own * max(0, 8 - count)
-                for seed, own in enumerate(bends)} for count in COUNTS}))
-    assert bend.at == 8 and bend.seeds == [0, 1, 2, 3]
-    assert (bend.bend.mean, bend.bend.n) == (pytest.approx(np.mean(bends)), 4)
-    assert bend.slopes == pytest.approx((0.004, 0.004 + np.mean(bends)))
-    assert bend.p == pytest.approx(5 * ttest_1samp(bends, 0).pvalue)  # five counts could have been its place
-    assert bend.residuals['bent'] < 1e-20 < 1e-6 < bend.residuals['straight']
-
-
-def test_straight_lines_are_seldom_called_a_bend():
-    random, called = np.random.default_rng(2), 0
-    for _ in range(200):
-        losses = {count: {seed: 0.004 * (24 - count) + 0.01 * random.standard_normal() for seed in range(4)}
-                  for count in COUNTS}
-        called += findings.fit_bend(points(losses)).p < 0.05
-    assert called <= 15  # a test that is wrong once in twenty times makes 10 of 200
-
-
-def test_a_cliff_takes_four_counts_and_two_seeds(tmp_path):
-    rows = write_curve(tmp_path, lambda count: 0.02 * max(0, 8 - count), seeds=1)
-    assert answers.cliff(rows)[0].startswith(f'{answers.UNANSWERED}: one seed, no interval, so no test')
-    assert answers.cliff(rows[:3]) == [
-        f'{answers.UNANSWERED}: it takes four counts that share a seed, here are 3 counts']
-
-
-def test_the_cliff_keeps_the_most_runs_in_which_each_seed_has_each_count():
-    losses = {count: {seed: 2 + 0.02 * max(0, 8 - count) for seed in range(5)} for count in COUNTS}
-    losses[18].pop(4)
-    bend = findings.fit_bend(points(losses))  # 4 seeds of 7 counts are 28 runs, 5 of 6 are 30
-    assert bend.seeds == [0, 1, 2, 3, 4] and 18 not in [row.communications for row in bend.curve]
-    losses[16].pop(4)
-    bend = findings.fit_bend(points(losses))
-    assert bend.seeds == [0, 1, 2, 3] and len(bend.curve) == 7
-
-
-# comparisons
-
-
-def test_comparisons_are_of_rows_that_differ_in_one_thing(tmp_path):
-    write_run(tmp_path, 'mixed', shifted(0.01, 0.01, 0.01), ['tp', 'spd'] * 2)
-    write_run(tmp_path, 'first', shifted(0.05, 0.051, 0.052), ['tp', 'tp', 'spd', 'spd'])
-    write_run(tmp_path, 'mean', shifted(0.03, 0.03, 0.03), ['tp', 'spd'] * 2, merge='mean')
-    write_run(tmp_path, 'attn', shifted(0.0, 0.02, 0.04), ['tp', 'attn_spd'] * 2)
-    write_run(tmp_path, 'other', shifted(0, 0, 0), SPD)
-    write_run(tmp_path, 'many', shifted(0.02, 0.02, 0.02), SPD, tp_size=8)
-    write_run(tmp_path, 'many-mean', shifted(0, 0, 0), SPD, tp_size=16, merge='mean')  # two things: no pair
-    rows = rows_under(tmp_path)
-    assert [(one.kind, one.first.name, one.second.name, round(one.difference.mean, 4))
-            for one in findings.comparisons(rows)] == [
-        ('placement', 'mixed', 'first', -0.041), ('merge', 'mean', 'mixed', 0.02),
-        ('sync', 'attn', 'mixed', 0.01), ('tp_size', 'many', 'other', 0.02)]
-    line, = answers.compared(rows, 'placement', 'none')
-    assert line.startswith('[tp, spd] x 2 (tp_size 4) minus tp x 2, spd x 2 (tp_size 4): -0.0410')
-    assert line.endswith('lower, floor unknown')
-    line, = answers.compared(rows, 'merge', 'none')
-    assert line.startswith('[tp, spd] x 2 (tp_size 4, merge mean) minus [tp, spd] x 2 (tp_size 4): +0.0200')
-    assert answers.compared(rows[:1], 'merge', 'none') == [f'{answers.UNANSWERED}: none']
-
-
-@pytest.mark.parametrize('change', [
-    dict(merge='mean'), dict(block_types=['mean_spd'] * 12),  # the second as earlier versions called it
-    dict(embed_scale=2.0), dict(perturb=1e-7),
-    *(dict(block_types=[name, *['spd'] * 11]) for name in [*sorted(COMMUNICATIONS.keys() - runs.GUIDE_TYPES),
-                                                           'unlisted'])])
-def test_other_merges_and_blocks_are_on_curves_of_their_own(tmp_path, change):
-    write_run(tmp_path, 'dense', DENSE, tp_size=1)
-    write_run(tmp_path, 'plain', shifted(0.01, 0.02, 0.03), ['spd'] * 12)
-    write_run(tmp_path, 'other', shifted(0.03, 0.03, 0.03), **dict(block_types=['spd'] * 12) | change)
-    rows = rows_under(tmp_path)
-    assert [[row.name for row in curve] for curve in findings.curves(rows)] == [['plain'], ['other']]
-    names = [findings.curve_name(row) for row in rows[1:]]
-    assert names[0] == 'tp_size 4' and re.match('tp_size 4, (merge mean|embed_scale|perturb|with )', names[1])
-    assert rows[1].label != rows[2].label and rows[1].title != rows[2].title
-    text = ' '.join(answers.goal(rows, 12, 3.35))
-    assert rows[1].title in text and rows[2].title not in text
-
-
-# width
-
-
-def at_widths(tmp_path, differences):
-    """Runs of 24 and 12 communications and dense ones of {width: differences of 12 by seed}."""
-    for width, own in differences.items():
-        size = dict(info=dict(parameters=width**2), n_embd=width)
-        write_run(tmp_path, f'dense-n_embd={width}', DENSE, tp_size=1, **size)
-        write_run(tmp_path, f'24comm-n_embd={width}', DENSE, ['tp'] * 12, **size)
-        write_run(tmp_path, f'12comm-n_embd={width}', shifted(*own), ['spd'] * 12, **size)
-
-
-def test_width_trend_by_hand(tmp_path):
-    # log2(width / 128) is -1, 0, 1; 0.015 a doubling about 0.04 / 3 leaves 0.005 / 3 * (1, -2, 1): the
-    # deviation about the line is 0.01 / sqrt(6). from a table, t(0.975, 1) = 12.7062
-    at_widths(tmp_path, {64: (0.0,), 128: (0.01,), 256: (0.03,)})
-    trend, = findings.width_trends(rows_under(tmp_path))
-    deviation = 0.01 / math.sqrt(6)
-    assert (trend.slope.mean, trend.slope.n) == (pytest.approx(0.015), 3)
-    assert trend.slope.half == pytest.approx(12.7062 * deviation / math.sqrt(2), rel=1e-5)
-    middle = trend.at(128)
-    assert middle.mean == pytest.approx(0.04 / 3)
-    assert middle.half == pytest.approx(12.7062 * deviation / math.sqrt(3), rel=1e-5)
-    beyond = trend.at(1024)  # three doublings from the middle
-    assert beyond.mean == pytest.approx(0.04 / 3 + 3 * 0.015)
-    assert beyond.half == pytest.approx(12.7062 * deviation * math.sqrt(1 / 3 + 9 / 2), rel=1e-5)
-
-
-def test_width_is_answered_with_what_would_refute_it(tmp_path):
-    at_widths(tmp_path, {64: (-0.02, -0.03, -0.02), 128: (-0.01, 0.0, 0.01), 256: (0.03, 0.02, 0.035)})
-    text = ' '.join(answers.width(rows_under(tmp_path)))
-    assert 'the difference rises with width' in text and 'would refute' in text
-
-
-def test_width_trend_takes_two_widths_of_one_recipe(tmp_path):
-    at_widths(tmp_path, {64: (-0.02, -0.03, -0.02)})
-    write_run(tmp_path, 'dense-other', DENSE, tp_size=1, n_embd=128, learning_rate=1e-3)
-    write_run(tmp_path, '12comm-other', shifted(0, 0, 0), ['spd'] * 12, n_embd=128, learning_rate=1e-3)
-    assert answers.width(rows_under(tmp_path))[0].startswith(answers.UNANSWERED)
-
-
-# predicted step times
-
-
-def test_the_pareto_front_and_the_fastest_that_is_no_worse(tmp_path):
-    write_run(tmp_path, 'dense', DENSE, tp_size=1)
-    write_run(tmp_path, '24comm', shifted(0, 0, 0), COUNTS[24])
-    write_run(tmp_path, '18comm', shifted(0.02, 0.02, 0.021), COUNTS[18])
-    write_run(tmp_path, '12comm', shifted(0.01, 0.01, 0.011), COUNTS[12])
-    write_run(tmp_path, '2comm', shifted(0.2, 0.2, 0.21), COUNTS[2])
-    assert answers.sweet_spot(rows_under(tmp_path), None)[0].startswith(answers.UNANSWERED)
-    rows = rows_under(tmp_path, predict=by_count)
-    assert [row.name for row in findings.front(rows)] == ['2comm', '12comm', '24comm']  # 12 beats 18 in both
-    assert 'no worse than dense: tp x 12 (tp_size 4), 24 ms' in answers.sweet_spot(rows, 'a link')[1]
-    assert 'by communications: 18: 1.33, 12: 2.00, 2: 12.00' in ' '.join(answers.speed(rows, 'a link'))
-
-
-def test_step_times_are_predicted_from_the_configs(tmp_path, capsys, no_plots):
-    for count, tp_size in ((12, 4), (2, 4), (2, 1)):
-        keys = vars(load([f'{ROOT}/config/train_gpt2_{count}comm.py', f'{ROOT}/config/cpu.py',
-                          f'--tp_size={tp_size}']))
-        write_run(tmp_path, f'{count}-{tp_size}', {1: 2.0}, **keys | dict(tp_size=tp_size, seed=1))
-    write_run(tmp_path, 'odd', {1: 2.0}, **keys | dict(tp_size=4, seed=1, batch_size=1))
-    seconds = []
-    for link in ((25, 30), (25, 300)):
-        predict, reasons, words = compare.step_predictor(read_all(tmp_path), link)
-        rows = rows_under(tmp_path, predict=predict)
-        seconds.append({row.name: row.seconds for row in rows})
-        assert [run.name for run in reasons] == ['odd'] and seconds[-1].pop('odd') is None
-        assert f'8 GPUs of 400 TFLOP/s on 4 nodes, 25 Gbit/s and {link[1]} us' in words
-    fast, slow = seconds
-    assert fast['2-4'] < fast['12-4'] and all(slow[name] > fast[name] for name in fast)
-    out = compare_all(tmp_path, '--link=25,30', '--mix')
-    assert 'odd: its step time is not predicted: ' in capsys.readouterr().out
-    assert float({line['run']: line for line in csv_lines(out)}['2-4']['predicted_seconds']) == fast['2-4']
-
-
-# how training went
-
-
-def logged(losses, norms=None):
-    """Log lines every 10 steps with these training losses."""
-    return [dict(iter=10 * (i + 1), train_loss=loss, grad_norm=norms[i] if norms else 1.0, skipped=0)
-            for i, loss in enumerate(losses)]
-
-
-def test_steps_to_a_level_are_interpolated_and_the_level_is_one_that_all_reach(tmp_path):
-    evals = [dict(iter=0, val_loss=5.0), dict(iter=10, val_loss=3.0)]
-    write_run(tmp_path, 'dense', {1: 2.0, 2: 2.5}, tp_size=1, lines=evals)
-    write_run(tmp_path, '4comm', {1: 2.2, 2: 2.4}, SPD, lines=evals)
-    rows = table(tmp_path)
-    assert rows[0].level == rows[4].level == 2.5  # the highest final loss
-    steps = rows[0].values(lambda run: run.steps_to(2.5))
-    assert steps == {1: 15.0, 2: 20.0}  # from 3.0 at step 10 to 2.0 and 2.5 at step 20
-    assert rows[4].values(lambda run: run.steps_to(2.1)) == {}
-    assert rows_under(tmp_path, level=4.0)[0].first.steps_to(4.0) == 5.0
-    first = answers.convergence(rows_under(tmp_path, level=2.1))[0]
-    assert 'not reached by every run of dense control (tp_size 1), spd x 4 (tp_size 4)' in first
-
-
-def test_spikes_skipped_steps_and_norms(tmp_path):
-    calm = [3 - 0.1 * (i % 2) for i in range(20)]
-    spiked = calm[:15] + [3.11] + calm[16:]  # above 3.0 by more than their spread, 0.1
-    norms = [9.0] + [1.0] * 18 + [2.0]
-    keys = dict(warmup_iters=10, max_iters=200)
-    write_run(tmp_path, 'dense', {1: 2.0}, tp_size=1, lines=logged(calm, norms), **keys)
-    lines = logged(spiked)
-    lines[-1]['skipped'] = 2
-    lines[3]['train_loss'] = None  # a step whose loss was not finite
-    write_run(tmp_path, '4comm', {1: 2.0}, SPD, lines=lines, **keys)
-    dense, row = rows_under(tmp_path)
-    assert dense.first.spikes == [] and row.first.spikes == [160] and row.first.skipped == 2
-    assert findings.highest_norm(dense) == 2.0  # 9.0 was within warmup
-    spikes = answers.stability([dense, row])[0]
-    assert 'spd x 4' in spikes and 'dense' not in spikes
-
-
-def test_generalisation_gap_and_drift(tmp_path):
-    apart = dict(drift=[0.0, 0.1, 0.3], drift_cosine=[None, 0.5, -0.5])
-    write_run(tmp_path, 'dense', DENSE, tp_size=1, last=dict(fixed_train_loss=1.9))
-    write_run(tmp_path, '8comm', DENSE, last=dict(fixed_train_loss=1.9))
-    write_run(tmp_path, '4comm', DENSE, SPD, last=dict(fixed_train_loss=1.8) | apart)
-    rows = rows_under(tmp_path)
-    assert runs.to_dense(rows[2], lambda run: run.gap).mean == pytest.approx(0.1)
-    assert 'a larger gap than dense in 1 of 2 configs, furthest in spd x 4 (tp_size 4): +0.1000' in ' '.join(
-        answers.overfitting(rows))
-    assert 'by communications: 4: 0.30' in answers.drifting(rows)[0]
-    assert answers.drifting(rows[:2])[0].startswith(answers.UNANSWERED)
+    assert plots.draw_all(rows, tmp_path).keys() == plots.PLOTS.keys() - {'tokens_per_sec', 'tuning'}
 
 
 @pytest.mark.parametrize('block_types, short', [
@@ -619,11 +294,12 @@ def test_pattern(block_types, short):
     assert pattern(block_types) == short
 
 
-def test_start_imports_nothing_heavy():
-    heavy = {'torch', 'scipy', 'matplotlib', 'numpy', 'wandb'}
-    code = f'import sys, compare; print({heavy} & sys.modules.keys())'
-    process = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert process.stdout == 'set()\n', process.stderr
+def test_help_waits_for_nothing_heavy():
+    process = subprocess.run([sys.executable, '-X', 'importtime', 'compare.py', '--help'], cwd=ROOT,
+                             capture_output=True, text=True)
+    imported = {line.rpartition('|')[2].strip() for line in process.stderr.splitlines()}
+    assert 'usage:' in process.stdout and 'argparse' in imported
+    assert not imported & {'torch', 'scipy', 'matplotlib', 'numpy', 'wandb'}
 
 
 # W&B
@@ -672,14 +348,16 @@ def test_runs_come_back_from_wandb(tmp_path, monkeypatch, capsys, no_plots):
     write_run(tmp_path / 'out', '4comm', shifted(0.02, 0.021, 0.022), SPD, **evaluated)
     write_run(tmp_path / 'out', '4comm', {4: 9.0}, SPD, state='crashed')
     there = runs.read_wandb('me/owt', StandIn(tmp_path / 'out'))
-    rows, local = runs.group([run for run in there if not run.trouble]), rows_under(tmp_path / 'out')
+    rows = find_all(runs.group([run for run in there if not run.trouble])).rows
+    local = rows_under(tmp_path / 'out')
     assert [(row.name, row.losses) for row in rows] == [(row.name, row.losses) for row in local]
     assert rows[1].first.series('train_loss') == {10: 4.0, 20: 3.0}
     assert runs.to_dense(rows[1]) == runs.to_dense(local[1])
     monkeypatch.setattr('wandb.Api', lambda: StandIn(tmp_path / 'out'))
     compare.main(['--from_wandb=me/owt', f'--out={tmp_path / "cmp"}'])
     out = capsys.readouterr().out
-    assert '+0.0210 [+0.0185, +0.0235] (n=3)' in out and 'me/owt/4comm-seed4: crashed, last seen' in out
+    assert '+0.0210 [+0.0185, +0.0235] (n=3)' in out
+    assert 'me/owt/4comm-seed4: crashed, last seen' in out
 
 
 def test_keys_that_wandb_lacks_take_their_default_unless_there_is_none(tmp_path):
@@ -706,6 +384,8 @@ def test_a_missing_wandb_is_reported_before_any_work(tmp_path, monkeypatch, flag
     assert not (tmp_path / 'cmp').exists()
 
 
-@pytest.mark.parametrize('flag', ['--link=25', '--link=25,-1', '--link=a,b', '--level=x', '--level=nan'])
+@pytest.mark.parametrize('flag', [
+    '--link=25', '--link=25,-1', '--link=a,b', '--level=x', '--level=nan', '--margin=0', '--margin=nan',
+    '--tuning_seeds=1,x'])
 def test_mistyped_flags_are_refused(flag):
     assert flag.partition('=')[2].partition(',')[0] in refused(flag)

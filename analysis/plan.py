@@ -1,0 +1,111 @@
+"""
+The plan of an experiment: a TOML file, committed before the first run, that every run.json keeps a copy of.
+
+    margin = 0.02                       # nats: how far above dense is still as good
+    tuned = 'learning_rate'             # each config at its own best value of this key,
+    tuning_seeds = [1, 2]               # chosen on these seeds
+    answer_seeds = [3, 4, 5]            # and judged on these
+    configs = ['config/train_gpt2.py']  # what is judged against dense
+    comparisons = [['spd x 12', 'palm x 12']]  # pairs besides, first minus second, by configurator.pattern
+
+All keys are optional; those of TEXT are for people. What a plan does not name is exploratory.
+"""
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+
+from configurator import ROOT, fail, load, pattern
+
+# key -> (whether a value is right, what it must be)
+KEYS = dict(
+    margin=(lambda value: is_number(value) and value > 0, 'a number of nats, above 0'),
+    tuned=(lambda value: isinstance(value, str), 'a key of train.py, as text'),
+    tuning_seeds=(lambda value: is_list(value, int), 'a list of seeds'),
+    answer_seeds=(lambda value: is_list(value, int), 'a list of seeds'),
+    configs=(lambda value: is_list(value, str), 'a list of config files'),
+    comparisons=(lambda value: is_list(value, list) and all(is_list(pair, str) and len(pair) == 2
+                                                            for pair in value),
+                 "a list of pairs of patterns, as in [['spd x 12', 'palm x 12']]"),
+)
+TEXT = ('question', 'recipe', 'grid', 'items', 'expected', 'refuted_if')
+
+
+def is_number(value):
+    return type(value) in (int, float)
+
+
+def is_list(value, kind):
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan as read. What it does not say is None, or an empty list."""
+    file: str
+    sha256: str
+    margin: float | None = None
+    tuned: str | None = None
+    tuning_seeds: tuple = ()
+    answer_seeds: tuple = ()
+    configs: tuple = ()
+    comparisons: tuple = ()
+
+    @cached_property
+    def kinds(self):
+        """(tp_size 1 or not, block types, merge) of each config that it names."""
+        return [kind(vars(load([str(ROOT / file)]))) for file in self.configs]
+
+    def names(self, row):
+        """Whether a row is one of its configs, or the dense control of any."""
+        return row.dense or kind(row.first.config) in self.kinds and set(row.variation) <= {'merge'}
+
+    def names_pair(self, first, second):
+        """Whether it names the comparison of two rows, first minus second."""
+        return [name_of(first), name_of(second)] in map(list, self.comparisons)
+
+
+def kind(config):
+    return config['tp_size'] == 1, config['block_types'], config['merge']
+
+
+def name_of(row):
+    """How a plan names a row among its comparisons: the pattern of its blocks, 'dense' for the control."""
+    return 'dense' if row.dense else pattern(row.block_types)
+
+
+def parse_plan(file, sha256, text):
+    """A Plan from run.json's record of it. Ends the program, in one line, if a key or a value is wrong."""
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        fail(f'{file}: not TOML: {error}')
+    for key, value in found.items():
+        if key not in KEYS and key not in TEXT:
+            close = difflib.get_close_matches(key, [*KEYS, *TEXT], n=1)
+            fail(f'{file}: a plan has no key {key}; {f"{close[0]}?" if close else ""} '
+                 f'It has {", ".join([*KEYS, *TEXT])}')
+        if key in KEYS and not KEYS[key][0](value):
+            fail(f'{file}: {key} is {value!r}, it must be {KEYS[key][1]}')
+    both = set(found.get('tuning_seeds', [])) & set(found.get('answer_seeds', []))
+    if both:
+        fail(f'{file}: seed {min(both)} is in tuning_seeds and in answer_seeds; a seed is for one of them')
+    for config in found.get('configs', []):
+        if not (ROOT / config).is_file():
+            fail(f'{file}: configs has {config}, which is not a file in {ROOT}')
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()
+           if key in KEYS}
+    return Plan(file, sha256, **own)
+
+
+def plan_of(runs):
+    """
+    (the one Plan that runs carry, lines to note). None if they carry none, or more than one: then nothing
+    among them was planned as a whole.
+    """
+    plans = {run.info['plan']['sha256']: run.info['plan'] for run in runs if run.info.get('plan')}
+    if len(plans) > 1:
+        files = ', '.join(f'{plan["file"]} ({sha256[:8]})' for sha256, plan in plans.items())
+        return None, [f'these runs follow {len(plans)} plans, so all of it is exploratory: {files}']
+    return (parse_plan(**next(iter(plans.values()))), []) if plans else (None, [])

@@ -1,0 +1,109 @@
+"""
+A grid over one key, such as the learning rate, read as one experiment: each config at its own best value.
+
+The best value of a config has the lowest mean validation loss over the tuning seeds. The answer is read from
+other seeds, since the loss that a value was chosen for is too low on average.
+
+References  sensitivity to the learning rate: Wortsman et al. (2023), Small-scale proxies for large-scale
+            Transformer training instabilities
+"""
+
+import statistics
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from configurator import HOUSEKEEPING, VARIED, fail, read_defaults
+
+
+class Tuned(NamedTuple):
+    """What --tuned asks for."""
+    key: str
+    tuning_seeds: tuple
+    answer_seeds: tuple = ()  # none named: all that are not for tuning
+
+    def is_answer(self, seed):
+        return seed not in self.tuning_seeds and (not self.answer_seeds or seed in self.answer_seeds)
+
+
+def check_tuned(key, tuning_seeds):
+    """End the program, in one line, if this key cannot be tuned on these seeds."""
+    kinds = {name: kind for name, (_, kind, _) in read_defaults().items()}
+    if key not in kinds or key in HOUSEKEEPING | VARIED or kinds[key] not in (int, float, float | None):
+        fail(f'--tuned is {key}, it must be a key of the recipe that is a number, such as learning_rate')
+    if not tuning_seeds:
+        fail(f'--tuned={key} needs --tuning_seeds: those that choose the best value, and are in no answer')
+
+
+def free_keys(runs, tuned):
+    """
+    The keys that are no part of the recipe, since --tuned varies them.
+
+    min_lr, unset, is a tenth of learning_rate: it varies with it if that holds in every run.
+    """
+    if tuned is None:
+        return frozenset()
+    free = {tuned.key}
+    if tuned.key == 'learning_rate' and all(
+            run.config['min_lr'] == float(f'{run.config["learning_rate"] / 10:.12g}') for run in runs):
+        free.add('min_lr')
+    if tuned.key in ('batch_size', 'gradient_accumulation_steps'):
+        free.add('windows per step')
+    return frozenset(free)
+
+
+@dataclass
+class Tuning:
+    """One config over the values of the tuned key."""
+    tuned: Tuned
+    runs: dict  # value -> {seed: Run}
+    diverged: set = field(default_factory=set)  # values at which a run of it diverged
+    means: dict = field(init=False)  # value -> mean loss over the tuning seeds, if all of them finished
+    best: float | None = field(init=False)  # None: several values, and none has every tuning seed
+
+    def __post_init__(self):
+        seeds = self.tuned.tuning_seeds
+        self.runs = dict(sorted(self.runs.items()))
+        self.means = {value: statistics.mean(own[seed].loss for seed in seeds)
+                      for value, own in self.runs.items() if own.keys() >= set(seeds)}
+        self.best = min(self.means, key=self.means.get, default=None)
+        if self.best is None and len(self.runs) == 1:
+            self.best = next(iter(self.runs))
+
+    @property
+    def compared(self):
+        """Whether several values were compared, so that the best was chosen."""
+        return len(self.means) > 1
+
+    def chosen(self, for_answer):
+        """{seed: Run} at the best value, of the seeds for the answer or of those for tuning."""
+        own = self.runs.get(self.best, {})
+        return {seed: run for seed, run in own.items() if self.tuned.is_answer(seed) == for_answer}
+
+    @property
+    def missing(self):
+        """
+        The values to run next, so that the best lies inside the grid; none if it does, or was not chosen.
+
+        The grid goes on by the factor between its last two values, 2 if there is one value.
+        """
+        if not self.means or self.best <= 0:
+            return []
+        grid = sorted(self.means.keys() | self.diverged)
+        place, found = grid.index(self.best), []
+        if place == 0:
+            found.append(self.best / (grid[1] / grid[0] if len(grid) > 1 else 2))
+        if place == len(grid) - 1:
+            found.append(self.best * (grid[-1] / grid[-2] if len(grid) > 1 else 2))
+        return [float(f'{value:.12g}') for value in found]
+
+    def sensitivity(self, values):
+        """The mean excess of the loss over that of the best value, over these values; None if one lacks."""
+        if not values or not values <= self.means.keys():
+            return None
+        return statistics.mean(self.means[value] for value in values) - self.means[self.best]
+
+
+def common_values(rows):
+    """The values of the tuned key that all tuned rows share, over which their sensitivities compare."""
+    grids = [row.tuning.means.keys() for row in rows if row.tuning and row.tuning.compared]
+    return set.intersection(*map(set, grids)) if grids else set()

@@ -1,0 +1,76 @@
+"""
+What the findings cannot answer, each with the command that would.
+"""
+
+import shlex
+from typing import NamedTuple
+
+from analysis.findings import FEWEST_COUNTS, GUIDE_SCOPE, in_scope
+from analysis.runs import simulated
+from configurator import HOUSEKEEPING
+
+ALL = 'config/train_gpt2_*comm.py'
+
+
+class Open(NamedTuple):
+    """A question that these runs leave open, and the command that would answer it."""
+    question: str
+    command: str
+
+
+def sweep(row, configs='', **grid):
+    """The sweep.py command that trains runs of a row's recipe. grid: {key: values as text}"""
+    argv = row.first.info.get('argv') or []
+    files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
+    flags = dict(flag.removeprefix('--').split('=', 1) for flag in argv if flag.startswith('--'))
+    flags = {key: value for key, value in flags.items()
+             if key not in HOUSEKEEPING | {'seed', 'tp_size', 'block_types'}} | grid
+    withs = [f'--with {shlex.quote(file)}' for file in files[1:]]
+    return ' '.join(['python sweep.py', *filter(None, [configs or ' '.join(files[:1])]), *withs,
+                     *(f'--{key}={value}' for key, value in flags.items())])
+
+
+def open_questions(found, command):
+    """What these runs cannot answer, as Opens, the most important first. command: that of this comparison."""
+    rows, listed = found.rows, []
+    dense = next((row for row in rows if row.dense), None)
+    configs = [row for row in rows if not row.dense]
+    if dense is None:
+        return [Open('every difference to dense: there is no control', sweep(rows[0], seed='1,2,3'))]
+    if not configs:
+        return [Open('every question: only dense runs have finished', sweep(dense, ALL))]
+    for answer in found.answers[:1]:
+        if answer.first_failure and answer.seeds and answer.first_failure.word != 'worse':
+            seeds = ','.join(map(str, range(1, answer.seeds + 1)))
+            listed.append(Open(f'whether {answer.first_failure.blocks} is as good as dense, if it is equal',
+                               sweep(answer.first_failure, seed=seeds, tp_size=answer.tp_size)))
+    if not found.tuned:
+        rate = dense.first.config['learning_rate']
+        grid = ','.join(f'{rate * factor:g}' for factor in (0.5, 1, 2))
+        listed.append(Open(
+            'each config at its own best learning rate',
+            sweep(dense, ALL, seed='1,2', learning_rate=grid)
+            + '; compare.py --tuned=learning_rate --tuning_seeds=1,2'))
+    for row in rows:
+        if row.tuning and row.tuning.missing:
+            seeds = ','.join(map(str, found.tuned.tuning_seeds))
+            values = ','.join(f'{value:g}' for value in row.tuning.missing)
+            listed.append(Open(f'the best {found.tuned.key} of {row.title}, now at the edge of its grid',
+                               sweep(row, seed=seeds, **{found.tuned.key: values})))
+    if not found.floors:
+        listed.append(Open('the noise floor', sweep(dense, seed='1,2,3') + ' --floor'))
+    if not any(in_scope(row.first) for row in rows):
+        listed.append(Open(f"the guide's thresholds, which are for {GUIDE_SCOPE}", 'python sweep.py'))
+    if not any(one.kind == 'placement' for one in found.comparisons):
+        listed.append(Open('placement: no two have the same blocks in another order',
+                           sweep(dense, 'config/train_gpt2_14comm_*.py')))
+    if not any(bend for _, bend in found.bends):
+        listed.append(Open(f'a cliff: it takes {FEWEST_COUNTS} counts of all-reduces that share a seed',
+                           sweep(dense, ALL)))
+    if found.link is None:
+        listed.append(Open('speed and the sweet spot: simulated ranks have no network' if simulated(rows)
+                           else 'the sweet spot on a given link', f'{command} --link=25,30'))
+    if not any('widths' in trend.regressors for trend in found.trends):
+        width = 2 * dense.first.config['n_embd']
+        listed.append(Open('the trend with width', sweep(dense, ALL, n_embd=width) + '; compare.py --mix'))
+    return listed
