@@ -73,12 +73,19 @@ def test_defaults_then_files_in_order_then_flags(write):
 
 @pytest.mark.parametrize('argv, name', [
     ([], 'gpt2-124M'),
-    ([CPU], 'gpt2-124M-cpu'),
+    ([CPU], 'gpt2-cpu'),
     ([TWELVE], 'gpt2-124M-12comm'),
-    ([TWELVE, CPU, '--seed=2'], 'gpt2-124M-12comm-cpu'),
-    ([TWELVE, CPU, 'mine.py'], 'gpt2-124M-12comm-cpu-mine'),
+    ([TWELVE, CPU, '--seed=2'], 'gpt2-12comm-cpu'),
+    ([TWELVE, CPU, 'mine.py'], 'gpt2-12comm-cpu-mine'),
     (['mine.py', TWELVE], 'gpt2-124M-12comm'),
     ([TWELVE, CPU, '--wandb_run_name=other'], 'other'),
+    # a full run's size stands only in the name of a run of that size
+    ([TWELVE, '--n_embd=384'], 'gpt2-12comm'),
+    (['config/train_350M.py', '--n_embd=768'], 'gpt2'),
+    (['config/train_350M.py', '--n_embd=768', '--n_layer=12', '--n_head=12'], 'gpt2'),
+    (['config/train_350M_24comm.py', '--batch_size=1'], 'gpt2-350M-24comm'),
+    (['config/train_774M_14comm.py'], 'gpt2-774M-14comm'),
+    ([TWELVE, CPU, '--wandb_run_name=gpt2-124M-as-typed'], 'gpt2-124M-as-typed'),
 ])
 def test_name_and_folder_of_composed_files(write, tmp_path, argv, name):
     mine = write('n_layer = 12')

@@ -52,7 +52,7 @@ def test_a_finished_run_without_a_finite_loss_gives_its_result(tmp_path, monkeyp
 
 def test_the_guides_options_share_a_folder_and_never_destroy_each_other(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    out_dir = tmp_path / 'out/gpt2-124M-12comm-cpu'
+    out_dir = tmp_path / 'out/gpt2-12comm-cpu'
 
     def option(*flags):
         capsys.readouterr()

@@ -52,7 +52,7 @@ def test_metrics_and_run_json(undisturbed, corpus):
     assert lr[23] + lr[24] == pytest.approx(2 * 1.1e-3) and lr[40] == pytest.approx(2e-4, rel=0.03)
     assert found['config'].keys() == read_defaults().keys()
     assert (config.block_types, config.out_dir, config.lr_decay_iters) == (LAYERS, str(undisturbed), 40)
-    assert found['name'] == config.wandb_run_name == 'gpt2-124M-12comm-cpu'
+    assert found['name'] == config.wandb_run_name == 'gpt2-12comm-cpu'
     assert found['corpus'] == dict(
         name='pystdlib', corpus=corpus.meta['corpus'], tokenizer='byte', vocab_size=257,
         val_sha256=corpus.meta['splits']['val']['sha256'])

@@ -71,7 +71,7 @@ def test_a_failed_run_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsy
     runs = planned(tmp_path, '--seed=1,2', files=(EIGHT, TWELVE))
     going = swept(runs, jobs=2)
     assert names(going.failed) == ['8comm-cpu-seed1', '8comm-cpu-seed2'] and len(going.finished) == 4
-    log = tmp_path / 'gpt2-124M-8comm-cpu-seed1' / 'log.txt'
+    log = tmp_path / 'gpt2-8comm-cpu-seed1' / 'log.txt'
     assert f'exit status 3, see {log}: no luck' in capsys.readouterr().out
 
     # the same sweep again trains those that failed, and no others
@@ -137,7 +137,7 @@ def test_a_stopped_sweep_saves_its_runs_and_the_next_one_resumes_them(tmp_path, 
 def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch):
     stand_in(monkeypatch, 'note("finished")')
     swept(planned(tmp_path))
-    path = tmp_path / 'gpt2-124M-12comm-cpu' / 'run.json'
+    path = tmp_path / 'gpt2-12comm-cpu' / 'run.json'
     info = json.loads(path.read_text())
     info['config'].update(log_interval=7)  # does not change what the run computes
     path.write_text(json.dumps(info))
@@ -157,7 +157,7 @@ def test_a_run_stopped_by_a_signal_continues_after_the_others(tmp_path, monkeypa
                           '    note("resumable", iter=7)\n    sys.exit(75)\nnote("finished")')
     going = swept(planned(tmp_path, files=(TWELVE, EIGHT)))
     assert names(going.finished) == ['cpu', '8comm-cpu', '12comm-cpu'] and not going.failed
-    assert 'stopped from outside at step 7, continues after the others: gpt2-124M-12comm-cpu' \
+    assert 'stopped from outside at step 7, continues after the others: gpt2-12comm-cpu' \
         in capsys.readouterr().out
 
     # but not if it could not save what it had done, as on a full disk
@@ -184,7 +184,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(tmp_path, monkeypatch, 
     monkeypatch.setattr(going, 'show', let_go)
     going.train()
     assert names(going.finished) == ['12comm-cpu', '8comm-cpu', 'cpu'] and not going.failed
-    assert capsys.readouterr().out.count('left to the process that trains it now: gpt2-124M-cpu') == 1
+    assert capsys.readouterr().out.count('left to the process that trains it now: gpt2-cpu') == 1
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs PR_SET_PDEATHSIG')

@@ -61,7 +61,7 @@ def test_the_dense_control_takes_no_flag_about_ranks_blocks_or_merge(tmp_path):
     assert dense.config == sweep.load([DENSE, CPU, f'--out_dir={dense.out_dir}'])
     assert {(run.config.tp_size, run.config.merge) for run in others} == {
         (size, merge) for size in (2, 4) for merge in ('sum', 'mean')}
-    assert {run.name for run in others} > {'gpt2-124M-12comm-cpu-block_types=spd_x_12-merge=mean-tp4'}
+    assert {run.name for run in others} > {'gpt2-12comm-cpu-block_types=spd_x_12-merge=mean-tp4'}
 
 
 def test_a_dense_control_given_by_name_is_not_added_again(tmp_path):
@@ -87,7 +87,7 @@ def test_each_recipe_gets_its_own_control(tmp_path):
 def test_a_run_is_named_after_what_varies(tmp_path):
     guide = sweep.plan([str(sweep.ROOT / file) for file in sweep.RUNS], [],
                        sweep.parse_grid(['--max_iters=20000']), tmp_path)
-    assert names(guide) == ['gpt2-124M', *(f'{n}comm' for n in (24, 18, 16, 12, 8, 6, 2))]
+    assert names(guide) == ['124M', *(f'{n}comm' for n in (24, 18, 16, 12, 8, 6, 2))]
     for run, name in zip(guide, ['', *(f'_{n}comm' for n in (24, 18, 16, 12, 8, 6, 2))]):
         theirs = load([str(sweep.ROOT / f'config/train_gpt2{name}.py'), '--max_iters=20000'])
         assert run.name == theirs.wandb_run_name
@@ -146,7 +146,7 @@ def test_a_perturbed_twin_is_no_control(tmp_path):
     (tmp_path / 'twin.py').write_text('tp_size = 1\nperturb = 0.001\nwandb_run_name = "twin"\n')
     runs = planned(tmp_path, files=(str(tmp_path / 'twin.py'), TWELVE))
     assert [(run.name, run.dense) for run in runs] == [
-        ('gpt2-124M-cpu', True), ('twin-cpu', False), ('gpt2-124M-12comm-cpu', False)]
+        ('gpt2-cpu', True), ('twin-cpu', False), ('gpt2-12comm-cpu', False)]
 
 
 def test_help_says_what_the_flags_are_for(capsys):
@@ -186,7 +186,7 @@ def test_a_run_of_the_same_config_is_continued_in_its_folder(tmp_path, monkeypat
     assert (resumed.wandb_run_name, resumed.out_dir) == (older.name, str(older))
 
     # its own folder comes first
-    ours = leave(tmp_path, 'gpt2-124M-12comm-cpu-seed1', runs[1].args[:-2])
+    ours = leave(tmp_path, 'gpt2-12comm-cpu-seed1', runs[1].args[:-2])
     assert planned(tmp_path, '--learning_rate=1e-3', '--n_embd=256', '--seed=1,2')[1].out_dir == ours
 
 

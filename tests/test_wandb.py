@@ -35,7 +35,7 @@ def test_wandb_offline_has_every_step_under_one_id_across_a_resume(tmp_path, mon
     files = sorted(tmp_path.glob('wandb/offline-run-*/*.wandb'), key=lambda path: path.stat().st_mtime)
     (first, early), (second, late) = map(wandb_history, files)
     assert first.run_id == second.run_id == checkpoint.load(tmp_path / 'ckpt.pt')['progress']['wandb_id']
-    assert (first.project, first.display_name, first.run_group) == ('owt', 'gpt2-124M-12comm-cpu', 'pystdlib')
+    assert (first.project, first.display_name, first.run_group) == ('owt', 'gpt2-12comm-cpu', 'pystdlib')
     tracked = {item.key: json.loads(item.value_json) for item in first.config.update}
     assert (tracked['communications'], tracked['all_reduces_forward'], tracked['seed']) == (6, 4, 1337)
     names = {'train/loss': 'train_loss', 'val/loss': 'val_loss'}

@@ -43,7 +43,7 @@ def planned(out, *flags, files=(TWELVE,), withs=(CPU,), floor=False):
 
 
 def names(runs):
-    return [run.name.removeprefix('gpt2-124M-') for run in runs]
+    return [run.name.removeprefix('gpt2-').removeprefix('124M-') for run in runs]
 
 
 def stand_in(monkeypatch, script):

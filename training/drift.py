@@ -2,7 +2,7 @@
 How far apart the ranks' residual streams are, sublayer by sublayer: a possible cause of a cliff in the loss.
 
     python train.py config/train_gpt2_8comm.py config/cpu.py --log_drift=True  # at every evaluation
-    python compare.py out/gpt2-124M-8comm-cpu  # plots it against depth
+    python compare.py out/gpt2-8comm-cpu  # plots it against depth
 """
 
 import torch
