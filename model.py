@@ -55,17 +55,14 @@ class TPGroup(NamedTuple):
         """L, the number of ranks in this process."""
         return self.size if self.simulated else 1
 
-    @property
-    def slices(self):
-        """Into how many slices a sharded parameter is cut."""
-        return 1 if self.simulated else self.size
 
-
-class AllReduces:
-    """Residual-stream all-reduces: forward (by g_op), backward (by f_op)."""
-
-    def __init__(self):
-        self.forward = self.backward = 0
+class AllReduces(list):
+    """(pass, kind, bytes) of each all-reduce of the residual stream: forward by g_op, backward by f_op."""
+    forward = property(lambda self: sum(way == 'forward' for way, _, _ in self))
+    backward = property(lambda self: sum(way == 'backward' for way, _, _ in self))
+    # of those forward: the very next sublayer waits for a blocking one, but does without a hidden one
+    blocking = property(lambda self: self.forward - self.hidden)
+    hidden = property(lambda self: sum(found[:2] == ('forward', 'hidden') for found in self))
 
 
 open_counters = []  # every all-reduce of the stream adds to each of them
@@ -89,15 +86,15 @@ def compute_dtype(x):
 
 class FOp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tp, counted):
-        ctx.tp, ctx.counted, ctx.dtype = tp, counted, compute_dtype(x)
+    def forward(ctx, x, tp, kind):
+        ctx.tp, ctx.kind, ctx.dtype = tp, kind, compute_dtype(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
         # autograd has summed over the local ranks (u was broadcast to them)
-        for counter in (open_counters if ctx.counted else ()):
-            counter.backward += 1
+        for counter in (open_counters if ctx.kind else ()):
+            counter.append(('backward', ctx.kind, grad.numel() * ctx.dtype.itemsize))
         if not ctx.tp.simulated:
             message = grad.to(ctx.dtype, copy=True).contiguous()
             dist.all_reduce(message, group=ctx.tp.group)
@@ -107,9 +104,9 @@ class FOp(torch.autograd.Function):
 
 class GOp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, partial, tp, counted):
-        for counter in (open_counters if counted else ()):
-            counter.forward += 1
+    def forward(ctx, partial, tp, kind):
+        for counter in (open_counters if kind else ()):
+            counter.append(('forward', kind, partial.nbytes))
         if tp.simulated:
             return partial.view_as(partial)
         message = partial.clone(memory_format=torch.contiguous_format)
@@ -126,14 +123,14 @@ def is_identity(tp):
     return tp.size == 1 or (tp.simulated and torch.compiler.is_compiling())
 
 
-def f_op(x, tp, counted=True):
+def f_op(x, tp, kind='blocking'):
     """Megatron's f: forward identity, backward all-reduce. x replicated, about to be read by the ranks."""
-    return x if is_identity(tp) else FOp.apply(x, tp, counted)
+    return x if is_identity(tp) else FOp.apply(x, tp, kind)
 
 
-def g_op(partial, tp, counted=True):
+def g_op(partial, tp, kind='blocking'):
     """Megatron's g: forward all-reduce, backward identity. partial -> replicated, of the same shape."""
-    return partial if is_identity(tp) else GOp.apply(partial, tp, counted)
+    return partial if is_identity(tp) else GOp.apply(partial, tp, kind)
 
 
 class ScaleGrad(torch.autograd.Function):
@@ -169,7 +166,7 @@ class ColumnParallel(nn.Linear):
     """Linear with its output features sharded, D per rank. parts=3 for c_attn: q, k, v each sharded alone."""
 
     def __init__(self, in_features, out_features, config, tp, parts=1):
-        super().__init__(in_features, out_features // tp.slices, bias=config.bias)
+        super().__init__(in_features, out_features // tp.size * tp.local, bias=config.bias)
         self.tp, self.parts = tp, parts
 
     def forward(self, u):
@@ -190,7 +187,7 @@ class RowParallel(nn.Linear):
     """Linear with its input features sharded, D per rank. Its matmul is deferred, see RowProduct."""
 
     def __init__(self, in_features, out_features, config, tp):
-        super().__init__(in_features // tp.slices, out_features, bias=config.bias)
+        super().__init__(in_features // tp.size * tp.local, out_features, bias=config.bias)
         self.tp, self.dropout = tp, config.dropout
 
     def forward(self, y):
@@ -254,35 +251,43 @@ class Stream(NamedTuple):
     u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
     d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r of the local ranks; None: nothing is apart
     tp: TPGroup
-    merge: str = 'sum'  # of the ranks' additions at a sync: sum or mean
+    merge: str  # of the ranks' additions at a sync
+    left: int  # sublayers that have not read u yet
+    due: tuple = ()  # what enters c later, first the next: see arrive()
     carry: Any = None  # whatever a block hands to a later one
+
+    def arrive(self, n):
+        """n more sublayers have read u: what is due enters c; after the last one, the end takes it all."""
+        s = self._replace(left=self.left - n)
+        while s.due and 0 < s.left <= s.due[0].left:
+            s = s.due[0].enter(s)
+        return s
 
     def add(self, *products):
         """d_r <- d_r + P_r of each RowProduct. No communication: the ranks drift apart."""
-        c, u, d_sum = self.c, self.u, self.d_sum
+        s = self.arrive(len(products))
         for product in products:
-            bias, P = product.bias(), product.per_rank().to(c.dtype)  # P drifted
-            # the bias is part of c, and so of u = c + d_r; u is updated, for c + d_r would keep a gradient
-            # buffer for every reader
-            c = add_optional(c, enter_stream(bias, self.tp))
-            u = add_optional(u + P, bias)
-            d_sum = add_optional(P.sum(0), d_sum)
-        return self._replace(c=c, u=u, d_sum=d_sum)
+            bias, P = product.bias(), product.per_rank().to(s.c.dtype)  # P drifted
+            # u = c + d_r is updated, bias included: made anew, it would keep a gradient buffer per reader
+            s = s._replace(c=add_optional(s.c, enter_stream(bias, s.tp)), u=add_optional(s.u + P, bias),
+                           d_sum=add_optional(P.sum(0), s.d_sum))
+        return s
 
-    def sync(self, *products):
+    def sync(self, *products, kind='blocking'):
         """c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Free if nothing is apart."""
         addends = [product.sum_over_ranks() for product in products]  # partial (B, T, C) each
         if self.d_sum is not None:
-            addends.append(self.d_sum)
+            addends.append(self.d_sum / self.tp.size if self.merge == 'desync' else self.d_sum)
         if not addends:
             return self
         message = sum(addends[1:], start=addends[0])
-        if self.merge == 'mean':
-            message = message / self.tp.size
-        c = self.c + g_op(message.to(compute_dtype(message)), self.tp)
+        if self.merge in ('mean', 'rsqrt'):
+            message = message / self.tp.size ** (1 if self.merge == 'mean' else 0.5)
+        c = self.c + g_op(message.to(compute_dtype(message)), self.tp, kind)
         for product in products:
             c = add_optional(c, enter_stream(product.bias(), self.tp))
-        return self._replace(c=c, u=f_op(c, self.tp), d_sum=None)
+        u = f_op(c, self.tp, kind)
+        return self._replace(c=c, u=u, d_sum=None, left=self.left - len(products), due=())
 
 
 # the sublayers, and the three blocks that differ in when they sync
@@ -317,7 +322,7 @@ class CausalSelfAttention(nn.Module):
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)  # (B or L*B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        held = self.n_head // self.tp.slices  # all heads of this process: H if it simulates, else H/R
+        held = self.n_head // self.tp.size * self.tp.local  # of this process: H if it simulates, else H/R
         apart = held // heads  # L if its ranks have drifted, and lie in the batch; else 1
         shape = batch // apart, self.n_head, T, T
         mask = dropout_mask(shape, self.dropout, q).split(held, dim=1)[self.tp.rank or 0]  # (B, held, T, T)
@@ -338,6 +343,7 @@ class MLP(nn.Module):
 
 
 BLOCKS = {}  # block type -> class; each subclass of Block adds itself
+checks = []  # functions of a GPTConfig that raise ValueError if its blocks do not bear it
 
 
 class Block(nn.Module):
@@ -346,8 +352,9 @@ class Block(nn.Module):
     def __init_subclass__(cls, name):
         BLOCKS[name] = cls
 
-    def __init__(self, config, tp):
+    def __init__(self, config, tp, layer):
         super().__init__()
+        self.config, self.layer = config, layer
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, tp)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -390,7 +397,9 @@ class GPTConfig:
     bias: bool = False  # in the linear layers and the LayerNorms
     tp_size: int = 2  # R; 1 is the dense control
     block_types: list | None = None  # one of BLOCKS per layer; None: all 'tp'
-    merge: str = 'sum'  # of the ranks' additions at each sync; or 'mean'
+    merge: str = 'sum'  # of the ranks' additions at each sync; or mean, rsqrt, desync
+    dtp_delay: int = 1  # for blocks of variants.py
+    caat_share: float = 0.5  # for blocks of variants.py
     embed_scale: float = 1.0  # c starts at embed_scale x (wte + wpe)
 
     def __post_init__(self):
@@ -410,8 +419,10 @@ class GPTConfig:
                 raise ValueError(f'block_types has {name!r} at layer {i}, not one of {", ".join(BLOCKS)}')
         if len(self.block_types) != self.n_layer:
             raise ValueError(f'block_types has {len(self.block_types)} entries, n_layer is {self.n_layer}')
-        if self.merge not in ('sum', 'mean'):
-            raise ValueError(f'merge is {self.merge!r}, it must be sum or mean')
+        if self.merge not in ('sum', 'mean', 'rsqrt', 'desync'):
+            raise ValueError(f'merge is {self.merge!r}, it must be sum, mean, rsqrt or desync')
+        for check in checks:
+            check(self)
 
 
 # a rank's slices of the parameters, which a sharded process holds under the dense names
@@ -454,14 +465,14 @@ def vocab_parallel_cross_entropy(x, weight, targets, tp):
     """
     V = weight.size(0)
     low, high = V * tp.rank // tp.size, V * (tp.rank + 1) // tp.size
-    logits = F.linear(f_op(x, tp, counted=False), weight[low:high])  # (N, V/R)
+    logits = F.linear(f_op(x, tp, kind=None), weight[low:high])  # (N, V/R)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = logits.detach().amax(-1)  # (N,)
     dist.all_reduce(largest, dist.ReduceOp.MAX, tp.group)
     logits = logits - largest[:, None]
     here = (targets >= low) & (targets < high)
     target = logits.gather(-1, (targets - low).clamp(0, high - low - 1)[:, None]).squeeze(-1) * here
-    total, target = g_op(torch.stack((logits.exp().sum(-1), target)), tp, counted=False)  # replicated (N,)
+    total, target = g_op(torch.stack((logits.exp().sum(-1), target)), tp, kind=None)  # replicated (N,)
     valid = targets != -1
     return ((total.log() - target) * valid).sum() / valid.sum()
 
@@ -475,7 +486,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(BLOCKS[name](config, self.tp) for name in config.block_types),
+            h=nn.ModuleList(BLOCKS[name](config, self.tp, i) for i, name in enumerate(config.block_types)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -509,10 +520,8 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert T <= self.config.block_size, f'{T} tokens, block_size is {self.config.block_size}'
         c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
-        if self.config.embed_scale != 1:
-            c = self.config.embed_scale * c
-        c = F.dropout(enter_stream(c, self.tp), self.config.dropout, self.training)  # replicated (B, T, C)
-        stream = Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge)
+        c = F.dropout(enter_stream(self.config.embed_scale * c, self.tp), self.config.dropout, self.training)
+        stream = Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge, 2 * self.config.n_layer)
         for block in self.transformer.h:
             stream = block(stream)
         stream = stream.sync()
