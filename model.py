@@ -252,12 +252,12 @@ class Stream(NamedTuple):
     d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r of the local ranks; None: nothing is apart
     tp: TPGroup
     merge: str  # of the ranks' additions at a sync
-    left: int  # sublayers that have not read u yet
-    due: tuple = ()  # what enters c later, first the next: see arrive()
+    left: int  # sublayers still to come
+    due: tuple = ()  # delayed syncs, the next first; none in tp, spd and parallel layers
     carry: Any = None  # whatever a block hands to a later one
 
     def arrive(self, n):
-        """n more sublayers have read u: what is due enters c; after the last one, the end takes it all."""
+        """n more sublayers have read u: do the delayed syncs that are due, but leave all to the model's end."""
         s = self._replace(left=self.left - n)
         while s.due and 0 < s.left <= s.due[0].left:
             s = s.due[0].enter(s)
