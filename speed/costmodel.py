@@ -13,8 +13,10 @@ Assumptions
 - An all-reduce that was not measured is a ring of n processes: 2 (n - 1) messages in a row of bytes / n
   each. So alpha = 2 (n - 1) latency, and beta = bandwidth n / (2 (n - 1)), of the slowest link on the way.
 - The groups that reduce over a node's network at the same time share it evenly.
-- Nothing overlaps, not even the data-parallel average with the backward pass, and no process waits for a late
-  peer.
+- A hidden all-reduce (see model.py) overlaps with one sublayer's compute and costs what it takes beyond that.
+  A sublayer has 1 / (2 n_layer) of a micro-batch's compute: a third of that forward, the rest backward.
+- Nothing else overlaps, not even the data-parallel average with the backward pass, and no process waits for a
+  late peer. On real processes here, hidden all-reduces are waited for at once, and bench.py sees them so.
 - The command's compute is PaLM's count of FLOPs at --gpu_tflops, the same for every config, and its
   data-parallel average is one message of all gradients that a process holds, in float32. bench.py measures
   the former and observes the latter.
@@ -121,6 +123,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.dataloader import TrainLoader
@@ -186,7 +189,9 @@ def fit(points):
 
 def predict(compute, messages, links):
     """Seconds a step. compute: those of one rank without a network; links: the Link of 'tp', 'ddp', 'all'."""
-    return compute + sum(links[KINDS[message.kind]].seconds(message.bytes) for message in messages)
+    return compute + sum(
+        max(0.0, links[KINDS[message.kind]].seconds(message.bytes) - message.behind * compute)
+        for message in messages)
 
 
 # the all-reduces of a step: observed, or as the design has them
@@ -196,6 +201,7 @@ class Message(NamedTuple):
     """An all-reduce of a step."""
     kind: str  # one of KINDS
     bytes: int
+    behind: float = 0.0  # the share of the step's compute that it is hidden behind
 
 
 class Collectives(TorchDispatchMode):
@@ -253,26 +259,28 @@ def design_messages(config, ddp_size, vocab_size=VOCAB_SIZE):
     """
     The Messages of a step of a config (a namespace of its keys), sharded, with ddp_size replicas.
 
-    The stream's all-reduces, and the parameters that a block uses, are observed in a pass of a narrow model;
-    sizes and the other messages are the design's. The data-parallel average is one message here; DDP sends a
-    few. Raises ValueError if the config makes no model or does not divide.
+    The stream's all-reduces, and the parameters that a block uses, are observed in a pass over one token, of
+    shapes without numbers; the other messages are the design's. The data-parallel average is one message
+    here; DDP sends a few. Raises ValueError if the config makes no model or does not divide.
     """
     R, windows = config.tp_size, config.batch_size * config.gradient_accumulation_steps
     loader = TrainLoader(range(config.block_size + 1), config.block_size, windows, config.seed, 0, ddp_size,
                          config.batch_size, 'cpu')
     N, C = loader.micro_batch * config.block_size, config.n_embd
     wide = 4 if config.dtype == 'float32' else 2  # bytes of the compute dtype
-    narrow = GPT(gpt_config(vars(config) | dict(block_size=2, n_head=R, n_embd=R), vocab_size=64))
-    stream = observe_all_reduces(narrow)  # freezes what no block uses
-    with torch.device('meta'):
-        mine = GPT(gpt_config(vars(config), vocab_size), TPGroup(R, rank=0))
+    with FakeTensorMode():
+        dense = GPT(gpt_config(vars(config), vocab_size))
+        stream = observe_all_reduces(dense)  # freezes what no block uses; in float32
+        mine = GPT(dense.config, TPGroup(R, rank=0))
     sizes = {name: p.numel() for name, p in mine.named_parameters()
-             if narrow.get_parameter(name).requires_grad}
+             if dense.get_parameter(name).requires_grad}
+    sublayer = 1 / (2 * config.n_layer * loader.micro_steps)  # its share of a step's compute
+    behind = dict(forward=sublayer / 3, backward=sublayer * 2 / 3)
     messages = []
     if R > 1:
         head = [Message('head', size) for size in (4 * N, 8 * N, wide * N * C)]
-        micro = [Message('forward', wide * N * C)] * stream.forward
-        micro += [Message('backward', wide * N * C)] * stream.backward
+        micro = [Message(way, size * N * wide // 4, behind[way] if kind == 'hidden' else 0.0)
+                 for way, kind, size in stream]
         replicated = sum(size for name, size in sizes.items() if sharding(name) is None)
         messages = (micro + head) * loader.micro_steps
         messages += [Message('gradients', 4 * replicated), Message('norm', 4)]
