@@ -24,7 +24,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from configurator import fail, model_vocab_size
+from configurator import begin_program, fail, model_vocab_size
 from training.rundir import find_runs
 
 
@@ -74,6 +74,7 @@ def parse_args(argv):
 
 
 if __name__ == '__main__':
+    begin_program()
     parse_args(sys.argv[1:])  # --help and mistakes are reported before scipy and matplotlib are loaded
 
 from analysis.answers import answers, exploratory, headlines

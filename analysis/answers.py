@@ -62,6 +62,8 @@ def headline(answer, margin, key=None):
              else f'At one {key}, untuned: ')
     if answer.preliminary:
         start = f'Preliminary, from the seeds that chose {key}: {start}'
+    if answer.edge:
+        start += f'With a best {key} at the edge of its grid: '
     if not answer.tested:
         return f'{start}no net of tp, spd and parallel layers to judge ({where})'
     failure, row = answer.first_failure, answer.row
@@ -137,10 +139,11 @@ def exploratory(found):
     planned = [row.title for row in found.rows if row.planned and not row.dense]
     planned += [pair_name(one) for one in found.comparisons if one.planned]
     other = [row.title for row in found.rows if not row.planned]
-    pairs = sum(not one.planned for one in found.comparisons)
+    unplanned = sum(not one.planned for one in found.comparisons)
+    other += [f'{unplanned} pair{"s" * (unplanned > 1)}'] * bool(unplanned)
     return [f'planned in {found.plan.file} (sha256 {found.plan.sha256[:12]}): '
             + ('; '.join(planned) or 'none of these'),
-            f'exploratory: {"; ".join(other) or "no config"}; {pairs} pairs']
+            f'exploratory: {"; ".join(other) or "nothing"}']
 
 
 def identity(rows):
@@ -175,7 +178,7 @@ def pairs(found, *kinds):
         adjusted = '' if one.p_holm is None else f', p {one.p:.2g}, by Holm {one.p_holm:.2g}'
         plan = '' if one.planned else ' (exploratory)'
         lines.append(f'{pair_name(one)}: {one.difference}: {one.verdict}{adjusted}{plan}')
-    if len(own) > 1:
+    if len(own) > 1 and 'pair' not in kinds:
         words = [one.verdict for one in own]
         lines.insert(0, f'of {len(own)} pairs: ' + ', '.join(
             f'{words.count(word)} {word}' for word in dict.fromkeys(words)) + ', adjusted by Holm')
@@ -252,15 +255,14 @@ def sweet_spot(found):
 def speed(found):
     """Whether fewer communications speed up training: only sharded runs can show it, or a prediction."""
     rows, measured, predicted = found.rows, [], []
-    for full, *fewer in curves(rows):
-        if not full.all_tp:
-            continue
-        ratios = [f'{row.communications}: {full.seconds / row.seconds:.2f}' for row in fewer
-                  if row.seconds and full.seconds]
+    for curve in curves(rows):
+        full = curve[0]
+        ratios = [f'{row.communications}: {row.tp_seconds / row.seconds:.2f}' for row in curve
+                  if row.seconds and row.tp_seconds and not row.all_tp]
         if ratios:
             predicted.append(f'{curve_name(full)}, predicted times the speed of all-tp, by communications: '
                              + ', '.join(ratios))
-        for row in fewer:
+        for row in curve[1:] if full.all_tp else ():
             logs = paired(row, full, lambda run: run.tokens_per_sec and math.log(run.tokens_per_sec))
             if row.first.config['shard'] and full.first.config['shard'] and logs:
                 measured.append(f'{row.title}: {as_ratio(logs)} times the tokens/s of all-tp')
@@ -274,7 +276,7 @@ def equal_time(found):
     """Each config's time to dense's losses, against all layers tp on the same link."""
     lines = []
     for row in found.rows:
-        logs = time_ratio(row, found.rows)
+        logs = time_ratio(row)
         if logs and not row.all_tp:
             lines.append(f'{row.title}: {as_ratio(step_ratio(row))} times the steps, '
                          f'{as_ratio(logs)} times the time of all-tp')
@@ -292,7 +294,8 @@ def by_mean(pair):
 def convergence(found):
     """In what part of dense's steps each row reaches dense's losses."""
     ratios = [(row, logs) for row in found.rows if row.word != 'identical' and (logs := step_ratio(row))]
-    lines = [f'{row.title}: {as_ratio(logs)}' for row, logs in ratios]
+    lines = [f'{row.title}: {as_ratio(logs)}' + ', of those that it reaches' * (row.word == 'worse')
+             for row, logs in ratios]
     if len(ratios) > 1:
         clear = [logs.mean < 0 for _, logs in ratios if logs.clear]
         lines.insert(0, f'fewer in {sum(clear)}, more in {len(clear) - sum(clear)} of {len(ratios)} configs, '
@@ -394,12 +397,14 @@ def over(trend):
 
 def tuning(found):
     """Where each config's best value lies, and what the difference to dense is at a common one."""
-    lines = [f'{row.title}: best at {row.tuning.best:g}'
-             + ('' if row.tuning.compared else ', its only one: not tuned')
-             for row in found.rows if row.tuning]
+    lines = []
+    for compared, start in ((True, ''), (False, 'at its only value, not tuned: ')):
+        own = [f'{row.title} at {row.tuning.best:g}' for row in found.rows
+               if row.tuning and row.tuning.compared is compared]
+        lines += [start + '; '.join(own)] if own else []
     edges = [(row, value) for row in found.rows if row.tuning for value in row.tuning.missing]
     if edges:
-        lines.insert(0, 'the best of the grid is at its edge, so a better one may lie beyond: ' + '; '.join(
+        lines.insert(0, 'at the edge of its grid, so a better value may lie beyond: ' + '; '.join(
             f'{row.title}, run {value:g} next' for row, value in edges))
     return lines
 

@@ -131,6 +131,7 @@ class Answer:
     seeds: int | None  # that would show the next one, if it equals dense; None if nothing is left to show
     tuned: bool  # whether each config is at its own best of several values
     preliminary: bool
+    edge: bool  # whether dense, or a net up to the answer, is at its best at the edge of its grid
 
     @property
     def first_failure(self):
@@ -153,9 +154,10 @@ def find_answers(rows):
             tested = candidates(own, tp_size)
             row = fewest(tested, [row.word or None for row in tested])
             rows_of_size = [row for row in own if row.tp_size == tp_size]
+            used = [own[0], *tested[:tested.index(row) + 1 if row else None]]
             found.append((not has_plan(rows_of_size), Answer(
                 tp_size, note, tested, row, seeds_for(tested), is_tuned(own[:1] + tested),
-                own[0].preliminary)))
+                own[0].preliminary, any(one.tuning and one.tuning.missing for one in used))))
     return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]
 
 

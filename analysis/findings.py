@@ -183,12 +183,12 @@ ASYNC_TP = 1.09, 1.10
 
 def exact_rivals(rows):
     """
-    (name, seconds at the least, at the most) of the exact ways to hide all-reduces, for each all-tp row with
-    a predicted step time: sequence parallelism and, on top of it, asynchronous tensor parallelism.
+    (name, seconds at the least, at the most) of the exact ways to hide all-reduces, sequence parallelism and
+    asynchronous tensor parallelism on top of it, for each recipe and tp_size with a predicted step time.
     """
-    return [(f'async TP with sequence parallelism, exact (tp_size {row.tp_size}{row.note})',
-             row.seconds / ASYNC_TP[1], row.seconds / ASYNC_TP[0])
-            for row in rows if row.all_tp and row.seconds is not None]
+    plain = {(row.tp_size, row.note): row.tp_seconds for row in rows if row.tp_seconds is not None}
+    return [(f'async TP with sequence parallelism, exact (tp_size {tp_size}{note})',
+             seconds / ASYNC_TP[1], seconds / ASYNC_TP[0]) for (tp_size, note), seconds in plain.items()]
 
 
 def step_ratio(row):
@@ -212,17 +212,16 @@ def step_ratio(row):
     return estimate(ratios)
 
 
-def time_ratio(row, rows):
+def time_ratio(row):
     """
     step_ratio, with each step's predicted seconds over those of all layers tp at the same tp_size: the
-    difference in loss as steps, and the steps as seconds. None if either is unknown.
+    difference in loss as steps, and the steps as seconds. None if either is unknown, or if the row is worse
+    than dense, for then dense's last losses are not among those that it reaches.
     """
-    plain = next((one for one in rows if one.all_tp and (one.tp_size, one.note) == (row.tp_size, row.note)),
-                 None)
     steps = step_ratio(row)
-    if steps is None or plain is None or plain.seconds is None or row.seconds is None:
+    if steps is None or row.tp_seconds is None or row.seconds is None or row.word == 'worse':
         return None
-    return Estimate(steps.mean + math.log(row.seconds / plain.seconds), steps.half, steps.n)
+    return Estimate(steps.mean + math.log(row.seconds / row.tp_seconds), steps.half, steps.n)
 
 
 def gap_to_dense(row):

@@ -47,25 +47,28 @@ NO_DATE = dict.fromkeys(('Date', 'Creator'))
 # what every figure has
 
 
-def figure(rows, title, panels=1, columns=1, size=(8, 4.6), **shared):
-    """An empty figure whose title names the corpus, and the list of its axes."""
+def figure(rows, title, panels=1, columns=1, size=(8, 4.6), seeds=None, **shared):
+    """
+    An empty figure whose title names the corpus, and the list of its axes. seeds: to name in place of how
+    many the rows have.
+    """
     fig = Figure(figsize=size)
     lines = math.ceil(panels / columns)
     grid = fig.subplots(lines, columns, squeeze=False, **shared)
     for unused in grid.flat[panels:]:
         unused.remove()
     few, many = min(len(row.runs) for row in rows), max(len(row.runs) for row in rows)
-    seeds = f'{few} to {many} seeds' if few < many else f'{many} seed{"s" * (many > 1)}'
+    seeds = seeds or (f'{few} to {many} seeds' if few < many else f'{many} seed{"s" * (many > 1)}')
     corpus = '\n'.join(textwrap.wrap(f'{subject([row.first for row in rows])}, {seeds}', 110))
     fig.suptitle(f'{title}\n{corpus}')
     return fig, list(grid.flat[:panels])
 
 
-def panels(rows, title, unit, below='step (updates made)'):
+def panels(rows, title, unit, below='step (updates made)', seeds=None):
     """A figure with a small panel for each row, named after it, four or five in a line, all on one scale."""
     columns = min(4 if len(rows) <= 12 else 5, len(rows))
     size = max(5, 2.6 * columns), 1.1 + 1.9 * math.ceil(len(rows) / columns)
-    fig, axes = figure(rows, title, len(rows), columns, size, sharex=True, sharey=True)
+    fig, axes = figure(rows, title, len(rows), columns, size, seeds, sharex=True, sharey=True)
     for i, (ax, row) in enumerate(zip(axes, rows)):
         ax.set_title('\n'.join(textwrap.wrap(row.label, 38)), fontsize=7)
         ax.tick_params(labelsize=7, labelbottom=i + columns >= len(rows))
@@ -301,9 +304,10 @@ def plot_tuning(rows):
     shown = [row for row in rows if row.tuning and row.tuning.compared]
     if not shown:
         return None
-    key = shown[0].tuning.tuned.key
+    key, seeds = shown[0].tuning.tuned.key, shown[0].tuning.tuned.tuning_seeds
     fig, axes = panels(shown, f'Loss of the tuning seeds against {key}: the line is their mean, the square '
-                       'its lowest; grey is dense', f'validation loss ({loss_unit(rows)})', key)
+                       'its lowest; grey is dense', f'validation loss ({loss_unit(rows)})', key,
+                       f'seeds {", ".join(map(str, seeds))}')
     values = sorted({value for row in shown for value in row.tuning.means})
     for ax, row in zip(axes, shown):
         dense = row.control or row
@@ -312,7 +316,7 @@ def plot_tuning(rows):
         means = row.tuning.means
         draw(ax, list(means.items()), 'o-', color='black', markersize=3.5, linewidth=1)
         draw(ax, [(value, row.tuning.runs[value][seed].loss) for value in means
-                  for seed in row.tuning.tuned.tuning_seeds], '_', color='0.4', markersize=6)
+                  for seed in seeds], '_', color='0.4', markersize=6)
         best = row.tuning.best
         ax.plot(best, means[best], 's', color='black', markersize=7, markerfacecolor='white')
         if min(values) > 0:

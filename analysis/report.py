@@ -31,6 +31,7 @@ from analysis.runs import OTHER_VARIED, SPIKE, subject, to_dense
 from analysis.tuning import common_values
 
 TITLE = 'Validation loss against communications'
+PREDICTED = 'predicted ms/step'
 
 # the numbers of a row
 
@@ -177,8 +178,20 @@ def columns(found):
         table |= {
             f'best {found.tuned.key}': lambda row, own: number(own['best'], 'g'),
             'sensitivity': lambda row, own: number(own['sensitivity'], '.4f'),
-            "at dense's": lambda row, own: str(at_common(row) or '')}
+            "both at dense's best": lambda row, own: str(at_common(row) or '')}
     return table
+
+
+def time_columns(found):
+    """The same of the table of predicted times."""
+    return {
+        'blocks': lambda row, own: row.blocks + row.note, 'tp': lambda row, own: str(row.tp_size),
+        'verdict': lambda row, own: row.word,
+        PREDICTED: lambda row, own: number(own['predicted_seconds'], '.4g', 1e3),
+        'step, times that of all-tp': lambda row, own: (
+            format(row.seconds / row.tp_seconds, '.2f') if row.seconds and row.tp_seconds else ''),
+        "to dense's losses: steps": lambda row, own: ratio(step_ratio(row)),
+        'time, times that of all-tp': lambda row, own: ratio(time_ratio(row))}
 
 
 def ratio(logs):
@@ -198,9 +211,6 @@ def more_columns(found):
         'skipped': lambda row, own: str(own['skipped_steps']),
         'largest drift': lambda row, own: number(own['largest_drift'], '.2f'),
         'tokens/s': lambda row, own: number(own['tokens_per_sec'], ',.0f')}
-    if found.link:
-        table |= {'predicted ms/step': lambda row, own: number(own['predicted_seconds'], '.4g', 1e3),
-                  "time to dense's losses / all-tp's": lambda row, own: ratio(time_ratio(row, found.rows))}
     return table
 
 
@@ -208,18 +218,18 @@ def lines_of(found, table):
     """A table as a list of lines of cells, the header first. Columns without a cell are left out."""
     rows = [[cell(row, own) for cell in table.values()]
             for row in found.rows for own in [record(row, found)]]
-    if 'predicted ms/step' in table:
-        place = list(table).index('predicted ms/step')
+    if PREDICTED in table:
+        gain = f'{1 / ASYNC_TP[1]:.2f} to {1 / ASYNC_TP[0]:.2f}'
         for name, low, high in exact_rivals(found.rows):
-            rows.append([name] + [''] * (len(table) - 1))
-            rows[-1][place:place + 2] = [f'{low * 1e3:.4g} to {high * 1e3:.4g}',
-                                         f'{1 / ASYNC_TP[1]:.2f} to {1 / ASYNC_TP[0]:.2f}']
+            rows.append([name, '', "dense's loss", f'{low * 1e3:.4g} to {high * 1e3:.4g}', gain, '1', gain])
     used = [i for i in range(len(table)) if any(line[i] for line in rows)]
     return [[line[i] for i in used] for line in [list(table), *rows]]
 
 
 def tables(found):
-    return lines_of(found, columns(found)), lines_of(found, more_columns(found))
+    """The table of the answer, that of predicted times (None without a link), and how training went."""
+    return (lines_of(found, columns(found)), lines_of(found, time_columns(found)) if found.link else None,
+            lines_of(found, more_columns(found)))
 
 
 def aligned(lines):
@@ -246,7 +256,7 @@ class Report:
 def screen(found, report):
     """What the terminal shows: the answer, the table, up to six questions with a line, what is open."""
     parts = [*report.headlines, '', subject([row.first for row in found.rows]),
-             aligned(lines_of(found, columns(found))), *report.planned, *report.notes, '']
+             '\n\n'.join(map(aligned, filter(None, tables(found)[:2]))), *report.planned, *report.notes, '']
     for question, lines in report.answers[:6]:
         more = f' ({len(lines) - 1} more in the report)' if len(lines) > 1 else ''
         parts += [question, f'    {lines[0]}{more}']
@@ -275,7 +285,7 @@ def markdown(found, report, plots):
     lines = [f'# {first}', '', *(line for other in others for line in (other, '')),
              f'{subject([row.first for row in found.rows])}.', '',
              *(line for planned in report.planned for line in (planned, ''))]
-    for header, *table in tables(found):
+    for header, *table in filter(None, tables(found)):
         lines += [f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *table]] + ['']
     lines += [line for sentences in methods(found.margin) for line in (sentences, '')]
     lines += ['## Answers', '']
@@ -289,7 +299,7 @@ def markdown(found, report, plots):
 
 
 CSS = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; max-width: 68rem;
+body { font: 15px/1.45 system-ui, sans-serif; color: #111; background: #fff; max-width: 76rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; }
 h2 { font-size: 1.15rem; margin-top: 2rem; }
@@ -303,7 +313,7 @@ ul { margin: .2rem 0; padding-left: 1.2rem; }
 figure { margin: 1.5rem 0; } figure img { width: 100%; height: auto; } figcaption { font-size: .85rem; }
 code { font-size: .85rem; overflow-wrap: anywhere; }
 @media print { body { max-width: none; margin: 0; font-size: 10pt; } .wide { overflow: visible; }
-               table { font-size: 6pt; } figure img { width: auto; max-width: 100%; max-height: 9in; }
+               table { font-size: 5.5pt; } figure img { width: auto; max-width: 100%; max-height: 9in; }
                tr, figure, li { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 
@@ -334,7 +344,7 @@ def html_figure(path, caption):
 
 def page(found, report, plots, folder):
     """report.html. The plots, {name: caption}, are in the folder as SVG."""
-    main, more = map(html_table, tables(found))
+    main, times, more = (html_table(table) if table else '' for table in tables(found))
     figures = [html_figure(folder / f'{name}.svg', caption) for name, caption in plots.items()]
     first, *others = report.headlines
     commands = ''.join(f'<li>{html.escape(question)}<br><code>{html.escape(command)}</code></li>'
@@ -346,7 +356,8 @@ def page(found, report, plots, folder):
         f'<title>{TITLE}</title><style>{CSS}</style></head><body>',
         f'<h1>{html.escape(first)}</h1>', html_list(others) if others else '',
         f'<p>{html.escape(subject([row.first for row in found.rows]))}</p>',
-        *(f'<p>{html.escape(line)}</p>' for line in report.planned), main, meaning, *figures[:1],
+        *(f'<p>{html.escape(line)}</p>' for line in report.planned), main, times, meaning,
+        *figures[:1],
         '<h2>Answers</h2>',
         *(f'<h3>{html.escape(question)}</h3>{html_list(answer)}' for question, answer in report.answers),
         f'<h2>What these runs cannot answer</h2><ul>{commands}</ul>' if report.open else '',

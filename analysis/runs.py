@@ -247,6 +247,13 @@ def is_all_tp(run):
     return run.config['tp_size'] > 1 and all_layers_tp(run)
 
 
+def as_all_tp(run):
+    """A Run of nothing but run.json: the same with all layers tp, and nothing varied."""
+    layers, defaults = len(run.config['block_types']), read_defaults()
+    plain = {key: defaults[key][0] for key in OTHER_VARIED} | dict(block_types=['tp'] * layers)
+    return Run(run.folder, run.info | dict(config=run.config | plain, communications=2 * layers), {}, {})
+
+
 @dataclass(eq=False)
 class Row:
     """The finished runs that differ only in their seed."""
@@ -257,6 +264,7 @@ class Row:
     note: str = ''  # under --mix: what sets it apart
     control: 'Row | None' = None  # the dense control of the same settings; a control has none
     seconds: float | None = None  # predicted for a step over --link
+    tp_seconds: float | None = None  # the same with all layers tp
     tuning: Tuning | None = None  # under --tuned
     preliminary: bool = False  # its runs are those that chose the best value
     # set by families.judge_rows
@@ -315,8 +323,9 @@ class Row:
     @property
     def title(self):
         """The same for a sentence."""
-        words = 'dense control' if self.dense else pattern(self.block_types)
-        return f'{words} (tp_size {self.tp_size}{self.varied}{self.note})'
+        if self.dense or self.twin:
+            return ('dense control' if self.dense else self.twin) + self.note
+        return f'{pattern(self.block_types)} (tp_size {self.tp_size}{self.varied}{self.note})'
 
     def values(self, measure):
         """measure(run) by seed, without the seeds for which it is None."""
@@ -406,13 +415,18 @@ def make_rows(kinds, grids, shared, level, predict, mixed, names):
     if level is None:
         level = max((run.loss for seeds in chosen.values() for run in seeds.values()), default=None)
     note = ''.join(f', {key} {str(shared[key])[:24]}' for key in mixed)
-    rows = []
+    predict = predict or (lambda run: None)
+    rows, tp_seconds = [], {1: None}
     for kind in sorted(chosen, key=lambda kind: kind != 'dense'):  # the control first: others refer to it
         first = next(iter(chosen[kind].values()))
+        tp_size = first.config['tp_size']
+        if tp_size not in tp_seconds:
+            tp_seconds[tp_size] = predict(as_all_tp(first))
         rows.append(Row(
             chosen[kind], name=first.name + note * (names[first.name] > 1), level=level, settings=shared,
             note=note, control=rows[0] if rows and 'dense' in chosen else None,
-            seconds=predict(first) if predict else None, tuning=grids.get(kind), preliminary=preliminary))
+            seconds=predict(first), tp_seconds=tp_seconds[tp_size], tuning=grids.get(kind),
+            preliminary=preliminary))
     return rows
 
 

@@ -3,6 +3,7 @@ What the findings cannot answer, each with the command that would.
 """
 
 import shlex
+from itertools import count, islice
 from typing import NamedTuple
 
 from analysis.findings import FEWEST_COUNTS, GUIDE_SCOPE, in_scope
@@ -30,6 +31,14 @@ def sweep(row, configs='', **grid):
                      *(f'--{key}={value}' for key, value in flags.items())])
 
 
+def seeds_to_run(n, tuned):
+    """The seeds for an answer, as text: those that the plan names, else the first n not used for tuning."""
+    if tuned and tuned.answer_seeds:
+        return ','.join(map(str, tuned.answer_seeds))
+    used = tuned.tuning_seeds if tuned else ()
+    return ','.join(map(str, islice((seed for seed in count(1) if seed not in used), n)))
+
+
 def open_questions(found, command):
     """What these runs cannot answer, as Opens, the most important first. command: that of this comparison."""
     rows, listed = found.rows, []
@@ -40,10 +49,10 @@ def open_questions(found, command):
     if not configs:
         return [Open('every question: only dense runs have finished', sweep(dense, ALL))]
     for answer in found.answers[:1]:
-        if answer.first_failure and answer.seeds and answer.first_failure.word != 'worse':
-            seeds = ','.join(map(str, range(1, answer.seeds + 1)))
-            listed.append(Open(f'whether {answer.first_failure.blocks} is as good as dense, if it is equal',
-                               sweep(answer.first_failure, seed=seeds, tp_size=answer.tp_size)))
+        failure = answer.first_failure
+        if failure and failure.word != 'worse':
+            listed.append(Open(f'whether {failure.blocks} is as good as dense, if it is equal to it', sweep(
+                failure, seed=seeds_to_run(answer.seeds, found.tuned), tp_size=answer.tp_size)))
     if not found.tuned:
         rate = dense.first.config['learning_rate']
         grid = ','.join(f'{rate * factor:g}' for factor in (0.5, 1, 2))
