@@ -38,7 +38,7 @@ def fixed_seeds():
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     """No torchrun around this process, and no mode for W&B, except in tests that set them."""
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'WANDB_MODE'):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'WANDB_MODE'):
         monkeypatch.delenv(name, raising=False)
 
 

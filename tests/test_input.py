@@ -54,7 +54,9 @@ def test_missing_data_names_the_command_that_makes_it(tmp_path, monkeypatch):
 
 
 def test_windows_that_do_not_divide_by_the_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    launcher = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='1')
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     message = refused(tmp_path / 'out', *TINY, '--batch_size=3')
     assert all(word in message for word in ('3', '2', 'batch_size', 'gradient_accumulation_steps'))
     assert not (tmp_path / 'out').exists()

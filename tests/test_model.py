@@ -369,7 +369,7 @@ def test_weight_decay_is_for_matrices_and_each_parameter_is_optimized_once():
     (dict(tp_size=5), ['tp_size', '5', 'n_head', '12']),
     (dict(tp_size=0), ['tp_size', '0']),
     (dict(n_head=10), ['n_head', '10', 'n_embd', '768']),
-    (dict(merge='max'), ['merge', 'max', 'sum or mean']),
+    (dict(merge='max'), ['merge', 'max', 'sum, mean']),
 ])
 def test_a_config_that_cannot_be_built_is_refused_in_one_line(settings, words):
     with pytest.raises(ValueError) as refusal:
