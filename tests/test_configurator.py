@@ -305,7 +305,7 @@ def test_runs_share_a_recipe_whatever_blocks_ranks_and_micro_batches_they_have()
         assert recipe(vars(load([flag]))) != base
 
 
-@pytest.mark.parametrize('file', sorted(ROOT.glob('config/variants/*_mean.py')), ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', sorted(ROOT.glob('config/rivals/*_mean.py')), ids=lambda file: file.stem)
 def test_saved_configs_of_earlier_versions_are_those_of_today(file):
     today = vars(load([str(file), CPU]))
     saved = dict(today, block_types=[f'mean_{name}' for name in today['block_types']])

@@ -35,7 +35,7 @@ def test_a_ring_sends_twice_all_but_its_own_part():
 
 @pytest.mark.parametrize('path, all_reduces', [
     *[(f'train_gpt2_{communications}comm.py', all_reduces) for communications, all_reduces in RUNS.items()],
-    ('variants/train_gpt2_12comm_attn.py', 12), ('variants/train_gpt2_2comm_mean.py', 1),
+    ('rivals/train_gpt2_12comm_attn.py', 12), ('rivals/train_gpt2_2comm_mean.py', 1),
 ])
 def test_the_streams_all_reduces_are_those_of_the_table(path, all_reduces):
     config = load([f'config/{path}'])

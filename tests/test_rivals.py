@@ -8,6 +8,7 @@ Numbers are compared with tests/reference_rivals.py, a plain loop over tp ranks.
 
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -220,6 +221,23 @@ def test_observed_all_reduces_are_those_of_the_equations(block_type, settings, f
         share = round(11 / 23 * C) / C if block_type == 'caat' else 1
         sizes = sorted(size for name, _, size in observed if name == way)
         assert sizes == [round(share * whole)] * (count - 1) + [whole]
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('config/rivals/*.py')), ids=lambda path: path.stem)
+def test_a_run_config_all_reduces_as_often_as_it_says(path):
+    config = load([str(path)])
+    shape = {key: getattr(config, key) for key in ('merge', 'dtp_delay', 'caat_share')}
+    observed = observe(build(config.block_types, config.tp_size, **shape))
+    words = path.read_text().partition('\n')[0]
+    said = [int(number) for number in re.findall(r'(\d+)(?: all-reduces| of them)', words)]
+    assert said in ([], [observed.forward], [observed.forward, observed.hidden]), words
+
+
+def test_the_bytes_of_a_share_of_the_channels_are_those_of_fewer_all_reduces():
+    for name, whole in ('caat_12', 12), ('caat_3', 3):
+        config = load([str(ROOT / f'config/rivals/train_gpt2_{name}.py')])
+        k = round(config.caat_share * config.n_embd)
+        assert (23 * k + config.n_embd) / config.n_embd == pytest.approx(whole, abs=0.02)
 
 
 def test_what_has_a_sublayers_compute_to_hide_behind_backward():

@@ -1,5 +1,5 @@
 # all Parallel, merged by the mean
-# python train.py config/variants/train_gpt2_2comm_mean.py config/cpu.py
+# python train.py config/rivals/train_gpt2_2comm_mean.py config/cpu.py
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-2comm-mean'

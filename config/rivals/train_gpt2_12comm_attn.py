@@ -1,5 +1,5 @@
 # sync after attention, in the last layer after the MLP: 12 all-reduces, like 12comm
-# python train.py config/variants/train_gpt2_12comm_attn.py config/cpu.py
+# python train.py config/rivals/train_gpt2_12comm_attn.py config/cpu.py
 wandb_log = True
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M-12comm-attn'
