@@ -41,10 +41,13 @@ class Answered(NamedTuple):
 # the answer
 
 
+def all_reduces(row):
+    return f'{count(row)} all-reduce{"s" * (count(row) != 1)}'
+
+
 def counted(row):
     """Its communications and observed all-reduces, in words."""
-    counts = row.all_reduces['forward']
-    return f'{row.communications} communications ({counts} all-reduce{"s" * (counts != 1)})'
+    return f'{row.communications} communications ({all_reduces(row)})'
 
 
 def shown(row):
@@ -77,15 +80,17 @@ def headline(answer, margin, key=None):
 
 
 def stopped(failure, answer):
-    """Where the answer stopped, and the seeds that would go on."""
+    """Where the answer stopped, the seeds that would go on, and what passes beyond."""
     if failure is None:
         return ''
-    if failure.verdict.difference is None or failure.word == '':
-        return f'; {failure.blocks} has no verdict yet, which takes about {answer.seeds} seeds'
-    if failure.word == 'worse':
-        return f'; {failure.blocks} is {shown(failure)}'
-    return (f'; {failure.blocks} is {shown(failure)}: {answer.seeds} seeds show it, with {POWER:.0%} power, '
-            'if it equals dense')
+    if failure.verdict is None or not failure.word:
+        words = f'; {failure.blocks} has no verdict yet, which takes about {answer.seeds} seeds'
+    else:
+        words = f'; {failure.blocks} is {shown(failure)}'
+        if failure.word != 'worse':
+            words += f': {answer.seeds} seeds show it, with {POWER:.0%} power, if it equals dense'
+    beyond = ', '.join(f'{row.communications} ({row.word})' for row in answer.beyond)
+    return words + (f'; beyond it, exploratory: {beyond}' if beyond else '')
 
 
 def headlines(found):
@@ -186,9 +191,15 @@ def pairs(found, *kinds):
 
 
 def cliff(curve, bend):
-    """Whether a curve has a cliff: the verdict, the test, the shapes. Nothing if it has too few counts."""
+    """
+    Whether a curve has a cliff: the verdict, the test, the shapes. With too few counts for a bend there is an
+    answer only if the low end is as good as dense: then there is nothing to fall off.
+    """
     if bend is None:
-        return []
+        last = curve[-1]
+        if last.word not in PASSES or last.word == 'identical':
+            return []
+        return [f'no: the low end, {all_reduces(last)}, is no worse than dense: {shown(last)}']
     curve, left = bend.curve, bend.residuals
     counts = ', '.join(str(count(row)) for row in curve)
     test = ('one seed, no test' if bend.p is None else
@@ -212,7 +223,7 @@ def cliff_verdict(bend):
     if bend.bend.mean <= 0:
         return f'no: from {at} all-reduces to {count(last)} the loss does not rise more steeply than before'
     if low_end is not None and (low_end.mean <= 0 or low_end.half is not None and not low_end.clear):
-        return f'no: the low end, {count(last)} all-reduces, is not shown to lie above dense, {low_end}'
+        return f'no: the low end, {all_reduces(last)}, is not shown to lie above dense, {low_end}'
     if bend.p is None:
         return f'not tested: one seed, no interval; the bend is at {at} all-reduces'
     p = bend.p if bend.p_holm is None else bend.p_holm

@@ -23,6 +23,7 @@ from analysis.families import (
     NoiseFloor,
     comparisons,
     find_answers,
+    follows_guide,
     judge_rows,
     noise_floors,
     switches,
@@ -61,10 +62,12 @@ def curves(rows):
     The rows of each curve of loss against communications, most communications first.
 
     There is a curve for each tp_size, variation and set of block types beyond the guide's. If a count of
-    observed all-reduces was placed in several ways, the curve goes through the most alternating one.
+    observed all-reduces was placed in several ways, the curve goes through the guide's pattern, or else the
+    most alternating one.
     """
     by_curve = {}
-    for row in sorted((row for row in rows if not row.dense), key=switches):
+    for row in sorted((row for row in rows if not row.dense),
+                      key=lambda row: (follows_guide(row), switches(row))):
         key = list(by_note(rows)).index(row.note), row.tp_size, row.varied, row.other_types
         by_curve.setdefault(key, {})[row.all_reduces['forward']] = row
     return [[counts[n] for n in sorted(counts, reverse=True)] for _, counts in sorted(by_curve.items())]

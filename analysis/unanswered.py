@@ -6,6 +6,7 @@ import shlex
 from itertools import count, islice
 from typing import NamedTuple
 
+from analysis.answers import all_cliffs
 from analysis.findings import FEWEST_COUNTS, GUIDE_SCOPE, in_scope
 from analysis.runs import simulated
 from configurator import HOUSEKEEPING
@@ -73,7 +74,7 @@ def open_questions(found, command):
     if not any(one.kind == 'placement' for one in found.comparisons):
         listed.append(Open('placement: no two have the same blocks in another order',
                            sweep(dense, 'config/train_gpt2_14comm_*.py')))
-    if not any(bend for _, bend in found.bends):
+    if not all_cliffs(found):
         listed.append(Open(f'a cliff: it takes {FEWEST_COUNTS} counts of all-reduces that share a seed',
                            sweep(dense, ALL)))
     if found.link is None:

@@ -58,6 +58,7 @@ def test_the_answer_is_the_last_before_the_first_that_fails(tmp_path):
     uppers = [f'{row.verdict.upper:+.4f}' for row in (answer.row, answer.first_failure)]
     assert f'spd x 12, tp_size 2, difference +0.0050, one-sided 95% upper bound {uppers[0]} (n=6)' in line
     assert f'[spd, parallel] x 6 is undecided, +0.0200, upper bound {uppers[1]}: {answer.seeds} seeds' in line
+    assert line.endswith('; beyond it, exploratory: 6 (as good), 2 (better)')
 
 
 def test_no_answer_says_how_many_seeds_it_takes(tmp_path):
@@ -95,8 +96,9 @@ def test_rivals_variations_and_twins_are_not_in_the_answer(tmp_path):
 def test_of_several_nets_at_one_count_the_guides_is_read(tmp_path):
     write_nets(tmp_path, {18: 0.0})
     write_run(tmp_path, 'clustered', {seed: 3.0 + seed / 10 for seed in SEEDS}, ['spd'] * 6 + ['tp'] * 6, 2)
-    answer, = found_under(tmp_path).answers
-    assert answer.row.block_types == NETS[18]
+    found = found_under(tmp_path)
+    assert found.answers[0].row.block_types == NETS[18]
+    assert [row.block_types for row in findings.curves(found.rows)[0]] == [NETS[18]]
 
 
 def test_json_has_the_answer_or_null(tmp_path, no_plots):

@@ -94,7 +94,7 @@ def write_curve(tmp_path, mean, seeds=5, noise=0.002):
 
 @pytest.mark.parametrize('mean, answer', [
     (lambda count: 0.0005 * (24 - count) + 0.02 * max(0, 7 - count), 'yes: below 7 all-reduces'),
-    (lambda count: 0.02 * max(0, 7 - count) - 0.15, 'no: the low end, 1 all-reduces, is not shown'),
+    (lambda count: 0.02 * max(0, 7 - count) - 0.15, 'no: the low end, 1 all-reduce, is not shown'),
     (lambda count: 0.004 * (24 - count), 'no'),
     (lambda count: -0.05 * math.log(count / 24), 'but as a logarithm does: gradual'),
     (lambda count: -0.0005 * (24 - count) - 0.02 * max(0, 8 - count), 'no: the loss does not rise'),
@@ -131,6 +131,11 @@ def test_a_cliff_takes_six_counts_and_two_seeds(tmp_path):
     assert answers.cliff(curve, bend)[0].startswith('not tested: one seed')
     assert findings.fit_bend(curve[:5]) is None and findings.fit_bend(curve[:6]) is not None
     assert answers.cliff(curve[:5], None) == []
+    # without a bend, a low end that is as good as dense is an answer
+    write_run(tmp_path / 'flat', 'dense', DENSE, ['tp'] * 12, tp_size=1)
+    write_run(tmp_path / 'flat', '2comm', shifted(0.001, 0.0, -0.001), COUNTS[2])
+    assert answers.all_cliffs(found_under(tmp_path / 'flat'))[0].startswith(
+        'tp_size 4: no: the low end, 1 all-reduce, is no worse than dense: as good')
 
 
 def test_the_cliff_keeps_the_most_runs_in_which_each_seed_has_each_count():
@@ -218,7 +223,7 @@ def test_width_trend_by_hand(tmp_path):
 
 
 def test_a_new_seed_lies_in_the_prediction_interval_in_19_of_20():
-    rng, hits, draws = np.random.default_rng(3), 0, 2000
+    rng, hits, draws = np.random.default_rng(3), 0, 500
     widths = [64, 128, 256]
     for _ in range(draws):
         slopes = rng.normal(0.01, 0.02, 5)
@@ -226,7 +231,7 @@ def test_a_new_seed_lies_in_the_prediction_interval_in_19_of_20():
                   for seed, slope in enumerate(slopes[:4])}
         new = findings.Trend([], points).prediction(768)
         hits += new.low < slopes[4] * math.log2(6) + rng.normal(0, 0.01) < new.high
-    assert 0.93 < hits / draws < 0.98
+    assert 0.92 < hits / draws < 0.98
 
 
 def test_tokens_are_a_second_regressor(tmp_path):
