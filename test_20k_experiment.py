@@ -2,7 +2,7 @@
 The pre-flight: do the experiment's configs load, have the size they should, and run?
 
     python test_20k_experiment.py  # the experiment's eight configs, at full size, in about a minute
-    python test_20k_experiment.py --all  # every run config in config/, larger models too: minutes
+    python test_20k_experiment.py --all  # every run config, larger models and rivals too: minutes
     python -m pytest test_20k_experiment.py
 
 It needs no data, tokenizer, network or GPU. The exit status is 0 if every check passes.
@@ -102,7 +102,8 @@ def main(argv):
     if argv in (['--help'], ['-h']):
         return print(__doc__)
     if argv == ['--all']:
-        runs = EIGHT + sorted({f'config/{p.name}' for p in ROOT.glob('config/train_*.py')} - set(EIGHT))
+        every = {str(path.relative_to(ROOT)) for path in ROOT.glob('config/**/train_*.py')}
+        runs = EIGHT + sorted(every - set(EIGHT))
     elif argv:
         fail(f'{" ".join(argv)}: the pre-flight takes --all or nothing')
     chance = f'{math.log(VOCAB_SIZE):.3f}'

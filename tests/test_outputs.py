@@ -56,7 +56,8 @@ def test_metrics_and_run_json(undisturbed, corpus):
     assert found['corpus'] == dict(
         name='pystdlib', corpus=corpus.meta['corpus'], tokenizer='byte', vocab_size=257,
         val_sha256=corpus.meta['splits']['val']['sha256'])
-    assert found['communications'] == 6 and found['all_reduces'] == dict(forward=4, backward=4)
+    assert found['communications'] == 6 and found['all_reduces'] == dict(
+        forward=4, backward=4, blocking=4, hidden=0, bytes_per_token=8 * 4 * config.n_embd)  # float32
     assert found['parameters'] == sum(
         p.numel() for name, p in saved['model'].items() if name != 'lm_head.weight')
     assert (found['state'], found['iter'], found['val_loss']) == ('finished', 40, losses[-1])

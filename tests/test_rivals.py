@@ -6,6 +6,7 @@ The rivals of variants.py and the merges: their numbers, simulated and sharded, 
 Numbers are compared with tests/reference_rivals.py, a plain loop over tp ranks.
 """
 
+import math
 import os
 import random
 import re
@@ -26,6 +27,8 @@ from configurator import ROOT, load  # noqa: E402
 from model import GPT, GPTConfig, TPGroup, count_all_reduces, join_shards  # noqa: E402
 from reference import reference_loss  # noqa: E402
 from reference_rivals import reference_rivals  # noqa: E402
+from speed.costmodel import Link, design_messages, predict  # noqa: E402
+from train import observe_all_reduces, summary  # noqa: E402
 from variants import gpt_config  # noqa: E402
 
 B, T, C, V = 2, 5, 24, 29
@@ -252,6 +255,27 @@ def test_messages_are_in_the_compute_dtype_and_counted_so():
         with torch.autocast('cpu', torch.bfloat16):
             half = observe(model)
         assert sorted((way, kind, 2 * size) for way, kind, size in half) == sorted(observe(model))
+
+
+def test_a_hidden_all_reduce_costs_what_it_takes_beyond_a_sublayers_compute():
+    flags = ['--n_layer=3', '--tp_size=2', '--batch_size=4', '--gradient_accumulation_steps=2']
+    for block_type, hidden in ('tp', 0), ('stale', 2), ('ladder', 4):
+        config = load([str(ROOT / 'config/cpu.py'), *flags, f'--block_types={block_type}'])
+        messages = [found for found in design_messages(config, 1) if found.kind in ('forward', 'backward')]
+        assert all(message.bytes == 4 * 4 * config.block_size * config.n_embd for message in messages)
+        # 2 micro-batches of 3 layers: a sublayer has 1/12 of a step's compute, a third of that forward
+        for seconds in 0.1, 0.04, 0.02:
+            took = predict(1.0, messages, dict(tp=Link(seconds, math.inf)))
+            saving = 2 * hidden * (min(seconds, 1 / 36) + min(seconds, 2 / 36))
+            assert took == pytest.approx(1 + len(messages) * seconds - saving)
+
+
+@pytest.mark.parametrize('dtype, width', [('float32', 4), ('bfloat16', 2), ('float16', 2)])
+def test_run_json_has_the_all_reduces_of_a_pass_and_the_bytes_of_a_token(dtype, width):
+    model = build(['caat', 'ladder', 'ladder'], 2).float()
+    found = summary(observe_all_reduces(model), dtype)
+    assert found == dict(forward=5, backward=5, blocking=3, hidden=2,
+                         bytes_per_token=width * 2 * (2 * C // 2 + 3 * C))
 
 
 # refusals
