@@ -19,7 +19,7 @@ Tensors     replicated  the same on every rank                             (B, T
 Stream      c    residual stream, replicated
             d_r  what rank r has added since the last sync, drifted
             u_r  = c + d_r, what rank r reads: replicated after a sync, then drifted
-            P_r  a sublayer's output on rank r before the sum over ranks, partial
+            P_r  a sublayer's output on rank r, drifted; its sum over this process's ranks is partial
 
 References  Megatron-LM (arXiv 1909.08053), section 3: f, g, column- and row-parallel layers
             Sync-Point Drop (arXiv 2502.20727, ICML 2025): one all-reduce a block
@@ -93,7 +93,7 @@ class FOp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # autograd has summed over the local ranks (u was broadcast to them)
-        for counter in (open_counters if ctx.kind else ()):
+        for counter in (open_counters if ctx.kind else ()):  # kind None: not of the residual stream
             counter.append(('backward', ctx.kind, grad.numel() * ctx.dtype.itemsize))
         if not ctx.tp.simulated:
             message = grad.to(ctx.dtype, copy=True).contiguous()
@@ -148,8 +148,8 @@ def enter_stream(p, tp):
     """
     p, a replicated parameter or computed from some, as it is used in c.
 
-    The gradient that it gets through c is whole on every process. One that a rank uses on its own, reading u,
-    gets that rank's part. sum_replicated_gradients() sums both, so the whole one is divided by R here.
+    A parameter's gradient through c is whole on every process; through u it is that rank's part only.
+    sum_replicated_gradients() sums either over the ranks, so the whole one is divided by R here.
     """
     return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
@@ -202,7 +202,7 @@ class RowProduct(NamedTuple):
     """
     A sublayer's output before the sum over ranks, not yet multiplied: P_r = W_r y_r, and a bias.
 
-    Before a sync the sum over ranks is taken inside one matmul; otherwise each rank's product is needed.
+    Stream.sync() takes the sum over ranks inside one matmul; Stream.add() needs each rank's product.
     """
     y: torch.Tensor  # (B, T, L*D), ranks side by side, or drifted (L, B, T, D)
     mask: torch.Tensor | None  # dropout (B, T, C), the same for every rank's P_r and for the bias
@@ -251,13 +251,13 @@ class Stream(NamedTuple):
     u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
     d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r of the local ranks; None: nothing is apart
     tp: TPGroup
-    merge: str  # of the ranks' additions at a sync
+    merge: str  # sum; mean, rsqrt: all of it / R, / sqrt(R); desync: d / R, the P_r of this sync summed
     left: int  # sublayers still to come
-    due: tuple = ()  # delayed syncs, the next first; none in tp, spd and parallel layers
+    due: tuple = ()  # delayed syncs of variants.py: each is due once s.left <= its left, by enter(s)
     carry: Any = None  # whatever a block hands to a later one
 
     def arrive(self, n):
-        """n more sublayers have read u: do the delayed syncs that are due, but leave all to the model's end."""
+        """n more sublayers have read u: do the delayed syncs that are due; the model's last sync does the rest."""
         s = self._replace(left=self.left - n)
         while s.due and 0 < s.left <= s.due[0].left:
             s = s.due[0].enter(s)
@@ -268,7 +268,7 @@ class Stream(NamedTuple):
         s = self.arrive(len(products))
         for product in products:
             bias, P = product.bias(), product.per_rank().to(s.c.dtype)  # P drifted
-            # u = c + d_r is updated, bias included: made anew, it would keep a gradient buffer per reader
+            # u = c + d_r is updated, bias included; rebuilt for every reader it would cost a gradient each
             s = s._replace(c=add_optional(s.c, enter_stream(bias, s.tp)), u=add_optional(s.u + P, bias),
                            d_sum=add_optional(P.sum(0), s.d_sum))
         return s
@@ -287,6 +287,7 @@ class Stream(NamedTuple):
         for product in products:
             c = add_optional(c, enter_stream(product.bias(), self.tp))
         u = f_op(c, self.tp, kind)
+        # a delayed sync would send nothing more: d_sum held its part
         return self._replace(c=c, u=u, d_sum=None, left=self.left - len(products), due=())
 
 
@@ -343,7 +344,7 @@ class MLP(nn.Module):
 
 
 BLOCKS = {}  # block type -> class; each subclass of Block adds itself
-checks = []  # functions of a GPTConfig that raise ValueError if its blocks do not bear it
+checks = []  # of variants.py: each raises ValueError if a GPTConfig's blocks do not go together
 
 
 class Block(nn.Module):
@@ -529,7 +530,7 @@ class GPT(nn.Module):
         weight, bias = enter_stream(ln_f.weight, self.tp), enter_stream(ln_f.bias, self.tp)
         x = F.layer_norm(stream.c, ln_f.normalized_shape, weight, bias, ln_f.eps)  # replicated (B, T, C)
         if targets is None:
-            # all rows, so a whole gradient; a sharded loss reads this rank's rows only, a part of it
+            # logits read all rows: a whole gradient. the sharded loss reads this rank's rows: a part
             return F.linear(x, enter_stream(self.lm_head.weight, self.tp)), None
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if self.tp.simulated:
@@ -541,7 +542,7 @@ class GPT(nn.Module):
         sharded = GPT(self.config, tp)
         sharded.load_dense(self.state_dict())
         for p, mine in zip(self.parameters(), sharded.parameters(), strict=True):
-            mine.requires_grad_(p.requires_grad)  # one that no block uses may be frozen
+            mine.requires_grad_(p.requires_grad)  # frozen if no block uses it
         return sharded
 
     def sum_replicated_gradients(self):
@@ -555,7 +556,7 @@ class GPT(nn.Module):
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
     def gradient_norm(self):
-        """The norm of the dense network's gradient, each parameter counted once. A 0-dim tensor."""
+        """The norm of the dense network's gradient, once the replicated ones are summed. A 0-dim tensor."""
         sharded, replicated = [], []
         for name, p in self.named_parameters():
             if p.grad is not None:

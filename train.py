@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.corpus import open_corpus
 from data.dataloader import TrainLoader, val_batches
 from model import GPT, count_all_reduces
-from training.checkpoint import Writer, start
+from training.checkpoint import Writer, fresh_or_resumed
 from training.distributed import all_reduce_sum, find_world, joined, on_rank0, require_agreement
 from training.drift import measure_drift
 from training.logger import Log, introduction
@@ -46,7 +46,11 @@ signals = []  # those received that ask the run to save and leave
 
 
 def open_data(config, world):
-    """(corpus, loader, model_config). Ends the program, in one line, if data, batch or model do not fit."""
+    """
+    (corpus, loader, model_config). Ends the program, in one line, if data, batch or model do not fit.
+
+    loader.micro_batch is what a backward pass takes: at most batch_size windows, so that all are equal.
+    """
     with config.refusing():
         corpus = open_corpus(config.dataset)
         model_config = gpt_config(vars(config), model_vocab_size(corpus.vocab_size))
@@ -106,9 +110,8 @@ def observe_all_reduces(model):
 
 def summary(observed, dtype):
     """
-    The AllReduces of a pass over one token in float32, for run.json, with the bytes that they have in dtype.
-
-    Both passes have the bytes; blocking and hidden are forward.
+    The AllReduces of a pass over one token in float32, for run.json: how many forward, backward, and of those
+    forward blocking and hidden; and the bytes of all, forward and backward, in dtype.
     """
     size = sum(size for _, _, size in observed) * getattr(torch, dtype).itemsize // torch.float32.itemsize
     return dict(forward=observed.forward, backward=observed.backward, blocking=observed.blocking,
@@ -171,7 +174,7 @@ def compiled(model, micro_batch, config, world, say):
 def loss_and_norm(model, candidate, x, y, windows, config, world):
     """
     x, y (B, T) -> a tensor (2,): the mean loss by `candidate`, which is the model or the model compiled, a
-    number of windows at a time, and the norm of its gradient.
+    number of windows at a time, and the norm of its gradient (sharded, replicated ones are not summed yet).
     """
     total = torch.zeros((), device=world.device)
     for part_x, part_y in zip(x.split(windows), y.split(windows), strict=True):
@@ -235,6 +238,7 @@ def train_step(net, batches, lr, config, world, stopping=False):
         torch.nn.utils.clip_grads_with_norm_(net.raw_model.parameters(), config.grad_clip, norm)
     summed = all_reduce_sum(torch.stack((loss, loss.new_tensor(float(stopping)))), world)
     loss, stopping, norm = torch.cat((summed, norm.view(1))).tolist()
+    # the processes of a tensor-parallel group have the same loss, so the mean is that of the batch
     loss, stopping = loss / world.processes, stopping > 0
     if math.isfinite(loss) and math.isfinite(norm):
         for group in net.optimizer.param_groups:
@@ -318,7 +322,10 @@ def evaluation_is_due(state, config):
 
 
 def save_is_due(state, evaluated, best, saved_step, config):
-    """At each checkpoint_interval or evaluation, the best and the end; not again if it is saved already."""
+    """
+    At each checkpoint_interval, or without one at evaluations if always_save_checkpoint; at the best and the
+    end. A step that is saved already only if it has been evaluated since.
+    """
     regular = evaluated and config.always_save_checkpoint
     if config.checkpoint_interval:
         regular = state.iter % config.checkpoint_interval == 0
@@ -337,7 +344,7 @@ def main(argv):
                 return world.say(result)  # finished already
             raw_model, size = build_model(config, model_config, world)
             net = Network(raw_model, config)
-            state, saved_step, messages = start(net, resuming, config, corpus, world)
+            state, saved_step, messages = fresh_or_resumed(net, resuming, config, corpus, world)
         if config.eval_only:
             loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
             words = f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}'

@@ -144,7 +144,7 @@ def resume(corpus):
     def call(out_dir, *flags):
         net, config = make(*flags) if flags else plain
         config.out_dir = out_dir
-        state, _, messages = checkpoint.start(net, True, config, corpus, ALONE)
+        state, _, messages = checkpoint.fresh_or_resumed(net, True, config, corpus, ALONE)
         return net, state, messages
     return call
 

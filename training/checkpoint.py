@@ -185,7 +185,7 @@ def load_dense_state(net, saved):
     net.optimizer.load_state_dict(dict(net.optimizer.state_dict(), state=moments))
 
 
-def start(net, resuming, config, corpus, world):
+def fresh_or_resumed(net, resuming, config, corpus, world):
     """
     If resuming, load the newest readable checkpoint of out_dir into net. Rank 0 reads it and sends it to all.
     Collective.
