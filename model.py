@@ -257,7 +257,7 @@ class Stream(NamedTuple):
     carry: Any = None  # whatever a block hands to a later one
 
     def arrive(self, n):
-        """n more sublayers have read u: do the delayed syncs that are due; the model's last sync does the rest."""
+        """n more sublayers have read u: do the delayed syncs now due; the model's last sync does the rest."""
         s = self._replace(left=self.left - n)
         while s.due and 0 < s.left <= s.due[0].left:
             s = s.due[0].enter(s)
