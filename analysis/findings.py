@@ -57,20 +57,29 @@ def in_scope(run):
 # loss against communications
 
 
+def count(row):
+    """The all-reduces observed in a forward pass."""
+    return row.all_reduces['forward']
+
+
 def curves(rows):
     """
     The rows of each curve of loss against communications, most communications first.
 
-    There is a curve for each tp_size, variation and set of block types beyond the guide's. If a count of
-    observed all-reduces was placed in several ways, the curve goes through the guide's pattern, or else the
-    most alternating one.
+    There is a curve for each tp_size, variation and set of block types beyond the guide's. It goes through
+    the guide's patterns if there are two, or else at each count of observed all-reduces through the net whose
+    blocks alternate most.
     """
     by_curve = {}
-    for row in sorted((row for row in rows if not row.dense),
-                      key=lambda row: (follows_guide(row), switches(row))):
+    for row in sorted((row for row in rows if not row.dense), key=switches):
         key = list(by_note(rows)).index(row.note), row.tp_size, row.varied, row.other_types
-        by_curve.setdefault(key, {})[row.all_reduces['forward']] = row
-    return [[counts[n] for n in sorted(counts, reverse=True)] for _, counts in sorted(by_curve.items())]
+        by_curve.setdefault(key, []).append(row)
+    found = []
+    for _, own in sorted(by_curve.items()):
+        guides = [row for row in own if follows_guide(row)]
+        counts = {count(row): row for row in (guides if len(guides) > 1 else own)}
+        found.append([counts[n] for n in sorted(counts, reverse=True)])
+    return found
 
 
 def curve_name(row):
@@ -106,11 +115,6 @@ class Bend:
     def rise(self):
         """The fewest all-reduces minus the bend's, paired by seed."""
         return paired(self.curve[-1], next(row for row in self.curve if count(row) == self.at))
-
-
-def count(row):
-    """The all-reduces observed in a forward pass."""
-    return row.all_reduces['forward']
 
 
 def largest_block(curve):

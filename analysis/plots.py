@@ -153,7 +153,7 @@ def draw_tradeoff(ax, rows):
                 ax.errorbar(x[row], height(row), difference.half, color=style['color'], capsize=2.5,
                             linewidth=1)
     if observed:
-        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='the same blocks in another order')
+        ax.plot([], [], 'o', color='black', markerfacecolor='white', label='blocks in another order')
     mark_counts(ax, on_curve, observed)
     mark_references(ax, rows)
     # below the axes, where it hides nothing
