@@ -54,7 +54,8 @@ def test_a_terminal_that_closes_has_the_run_saved_unless_nohup_shields_it(undist
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
 def test_ctrl_c_while_torch_is_loaded_gives_one_line(tmp_path, script):
-    (tmp_path / 'torch.py').write_text(f'open({str(tmp_path / "loading")!r}, "w"); import time; time.sleep(60)')
+    loading = str(tmp_path / 'loading')
+    (tmp_path / 'torch.py').write_text(f'import time\nopen({loading!r}, "w")\ntime.sleep(60)')
     flags = TINY if script == 'train.py' else [f'--out_dir={tmp_path}']
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *flags], env=os.environ | dict(PYTHONPATH=str(tmp_path)),
@@ -130,8 +131,8 @@ def test_a_launchers_variables_set_in_part_are_refused(monkeypatch, variables, w
     ({}, ['--backend=nccl'], ['backend is nccl', 'device is cpu', '--backend=nccl']),
 ])
 def test_a_network_that_is_not_there_is_named_with_its_setting(tmp_path, variables, flags, words):
-    process = start(tmp_path, *TINY, *flags, RANK='0', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='localhost',
-                    MASTER_PORT='29999', **variables)
+    process = start(tmp_path, *TINY, *flags, RANK='0', WORLD_SIZE='2', LOCAL_RANK='0',
+                    MASTER_ADDR='localhost', MASTER_PORT='29999', **variables)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and out == ''
     line, = err.splitlines()
@@ -141,7 +142,8 @@ def test_a_network_that_is_not_there_is_named_with_its_setting(tmp_path, variabl
 def test_text_is_utf8_whatever_the_locale(tmp_path):
     config = tmp_path / 'accent.py'
     config.write_text("# café\nwandb_run_name = 'café'\n", encoding='utf-8')
-    process = start(tmp_path / 'out', *SHORT, str(config), LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    ascii = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    process = start(tmp_path / 'out', *SHORT, str(config), **ascii)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert info(tmp_path / 'out')['name'] == 'café' and 'caf' in out
@@ -172,7 +174,8 @@ def start_nodes(folders, *flags, own=((), ())):
         port = str(free.getsockname()[1])
     processes = []
     for i, folder in enumerate(folders):
-        launcher = dict(RANK=str(i), LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
+        launcher = dict(RANK=str(i), LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost',
+                        MASTER_PORT=port)
         processes.append(subprocess.Popen(
             [sys.executable, str(ROOT / 'train.py'), *flags, *own[i], '--out_dir=run'], cwd=folder, text=True,
             env=os.environ | dict(OMP_NUM_THREADS='1') | launcher, stdout=subprocess.PIPE,
