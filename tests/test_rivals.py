@@ -214,7 +214,7 @@ def test_compiles_without_a_graph_break(block_types):
     *(('dtp', dict(dtp_delay=delay), count, count, lambda L, count=count: count(L) - 1)
       for delay in (1, 2, 4, 9) for count in [lambda L, delay=delay: max(1, 2 * L - delay)]),
     ('caat', dict(caat_share=11 / 23), lambda L: 2 * L, lambda L: 2 * L, lambda L: 0),
-], ids=str)
+], ids=lambda value: 'count' if callable(value) else str(value))
 def test_observed_all_reduces_are_those_of_the_equations(block_type, settings, forward, backward, hidden, L):
     observed = observe(build([block_type] * L, 2, **settings))
     assert (observed.forward, observed.backward) == (forward(L), backward(L))
