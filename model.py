@@ -60,9 +60,8 @@ class AllReduces(list):
     """(pass, kind, bytes) of each all-reduce of the residual stream: forward by g_op, backward by f_op."""
     forward = property(lambda self: sum(way == 'forward' for way, _, _ in self))
     backward = property(lambda self: sum(way == 'backward' for way, _, _ in self))
-    # of those forward: the very next sublayer waits for a blocking one, but does without a hidden one
-    blocking = property(lambda self: self.forward - self.hidden)
     hidden = property(lambda self: sum(found[:2] == ('forward', 'hidden') for found in self))
+    blocking = property(lambda self: self.forward - self.hidden)  # the very next sublayer waits for these
 
 
 open_counters = []  # every all-reduce of the stream adds to each of them

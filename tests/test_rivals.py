@@ -47,7 +47,7 @@ def mix(seed):
     return types, dict(dtp_delay=1 + draw.randrange(4), caat_share=draw.choice([0.2, 0.5]))
 
 
-MIXES = [mix(seed) for seed in range(9)] + [
+MIXES = [mix(seed) for seed in range(6)] + [
     (['spd', 'spd', 'stale', 'stale'], {}), (['parallel', 'stale', 'stale', 'tp', 'stale'], {}),
     (['fal', 'parallel', 'fal', 'spd', 'fal'], dict(embed_scale=3.0)),
     (['parallel', 'ladder', 'ladder', 'parallel'], {}), (['ladder', 'tp', 'ladder', 'spd'], {}),
