@@ -381,10 +381,12 @@ def resolve(config, stems):
     for i, name in enumerate(config.block_types):
         if not isinstance(name, str) or name not in COMMUNICATIONS:
             close = difflib.get_close_matches(str(name), COMMUNICATIONS, n=1)
-            config.refuse(f'block_types has {name!r} at layer {i}, which is no block type; '
-                          + (f'{close[0]}?' if close else f'there are {", ".join(COMMUNICATIONS)}'))
-    with config.refusing():
-        check_blocks(config)
+            hint = f'{close[0]}?' if close else f'there are {", ".join(COMMUNICATIONS)}; a new one needs a ' \
+                'class in variants.py and an entry in COMMUNICATIONS in configurator.py'
+            config.refuse(f'block_types has {name!r} at layer {i}, which is no block type; {hint}')
+        if type(COMMUNICATIONS[name]) is not int:
+            fail(f'COMMUNICATIONS in configurator.py has {COMMUNICATIONS[name]} for {name}, it must be a whole '
+                 'number')
     if config.lr_decay_iters is None:
         config.lr_decay_iters = config.max_iters
     if config.min_lr is None:
