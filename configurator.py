@@ -385,8 +385,10 @@ def resolve(config, stems):
                 'class in variants.py and an entry in COMMUNICATIONS in configurator.py'
             config.refuse(f'block_types has {name!r} at layer {i}, which is no block type; {hint}')
         if type(COMMUNICATIONS[name]) is not int:
-            fail(f'COMMUNICATIONS in configurator.py has {COMMUNICATIONS[name]} for {name}, it must be a whole '
-                 'number')
+            fail(f'COMMUNICATIONS in configurator.py has {COMMUNICATIONS[name]} for {name}, it must be a '
+                 'whole number')
+    with config.refusing():
+        check_blocks(config)
     if config.lr_decay_iters is None:
         config.lr_decay_iters = config.max_iters
     if config.min_lr is None:

@@ -382,3 +382,9 @@ def test_any_files_and_flags_give_a_config_or_one_line(tmp_path, texts, flags):
         assert len(stopped.code.splitlines()) == 1
     else:
         assert vars(config).keys() == KEYS.keys()
+
+
+def test_a_registry_entry_that_is_no_whole_number_is_refused(monkeypatch):
+    monkeypatch.setitem(COMMUNICATIONS, 'half', 0.5)
+    with pytest.raises(SystemExit, match=r'COMMUNICATIONS in configurator.py has 0.5 for half'):
+        load(['--block_types=half'])
