@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from configurator import (
+    COMMUNICATIONS,
     DEFAULTS,
     HOUSEKEEPING,
     LIMITS,
