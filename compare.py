@@ -5,16 +5,20 @@ Compare runs: how few communications are as good as dense, from the files that t
     python compare.py out/*-cpu-seed* --out=results         # these, with the outputs in another folder
     python compare.py out --tuned=learning_rate --tuning_seeds=1,2  # each config at its own best rate
     python compare.py out --link=25,30                      # loss against the step time predicted for a link
-    python compare.py out/width64 out/width128 --mix        # runs of several widths, and the trend
+    python compare.py out --pair 'spd x 12' 'palm x 12'     # one config minus another
+    python compare.py out --at=last                         # unfinished runs, at the last step that all have
+    python compare.py out/width64 out/width128              # several recipes, one by one, and the trend
     python compare.py --from_wandb=someone/owt --wandb      # read runs from W&B, log the outputs to it
+    python compare.py out --format=pdf --width=3.3          # figures for a paper, too, with captions
 
 A run is paired with the dense control of the same seed, data and recipe. A config is better than dense, as
 good within the margin, worse, or undecided; the first line names the fewest communications that are shown to
 be as good. With --tuned, each config is at its best value of a key, chosen on the tuning seeds, and judged on
 the others. A plan that the runs carry gives the margin and the seeds, and says what was planned.
 
-Runs that did not finish are listed and are in no mean. The answer, the table and what is open are printed;
-table.md, table.csv, table.json, report.html and the plots are written to --out.
+Runs that did not finish are listed and are in no mean, unless --at says at which step to compare. The answer,
+the table and what is open are printed; table.md, table.csv, table.json, report.html and the plots are written
+to --out, and figures for a paper to its folder figures.
 """
 
 import argparse
@@ -26,6 +30,8 @@ from pathlib import Path
 
 from configurator import begin_program, fail, model_vocab_size
 from training.rundir import find_runs
+
+FORMATS = 'pdf', 'png', 'svg'
 
 
 def parse_link(text):
@@ -47,18 +53,50 @@ def parse_seeds(text):
         raise argparse.ArgumentTypeError(f'it is {text}, it must be seeds, as in 1,2') from None
 
 
+def parse_at(text):
+    """--at as a number of steps, or 'last'."""
+    if text != 'last' and not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f'it is {text}, it must be a step, or last')
+    return text if text == 'last' else int(text)
+
+
+def parse_formats(text):
+    """--format as a tuple of names."""
+    names = tuple(text.split(','))
+    if not set(names) <= set(FORMATS):
+        raise argparse.ArgumentTypeError(f'it is {text}, it must be of {", ".join(FORMATS)}, as in pdf,png')
+    return names
+
+
+def parse_labels(text):
+    """--labels as a dict: 'spd x 12=SPD; palm x 12=PaLM'. A name may contain commas, but no semicolon."""
+    pairs = [pair.partition('=') for pair in text.split(';') if pair.strip()]
+    if not all(name.strip() and label.strip() for name, _, label in pairs):
+        raise argparse.ArgumentTypeError(f"it is {text}, it must be as in 'spd x 12=SPD; palm x 12=PaLM'")
+    return {name.strip(): label.strip() for name, _, label in pairs}
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='*', type=Path, help='run folders, or folders of them; default: out')
     parser.add_argument('--out', type=Path, default=Path('out/compare'), help='default: %(default)s')
-    parser.add_argument('--mix', action='store_true', help='corpora, recipes and lengths may differ')
+    parser.add_argument('--mix', action='store_true', help=argparse.SUPPRESS)  # recipes differ as they like
+    parser.add_argument('--pair', nargs=2, action='append', default=[], metavar=('A', 'B'),
+                        help='compare two configs, named by their blocks or runs: A minus B')
+    parser.add_argument('--at', type=parse_at, metavar='STEP',
+                        help='compare all runs as they were at this step; last: the last that all have')
     parser.add_argument('--level', type=float, help='the loss to time convergence to; default: one all reach')
     parser.add_argument('--margin', type=float, help="nats above dense that are as good; the plan's, or 0.02")
     parser.add_argument('--tuned', metavar='KEY', help='each config at its best value of this key')
     parser.add_argument('--tuning_seeds', type=parse_seeds, metavar='SEEDS', default=(),
                         help='the seeds that choose it, 1,2 for example; the others give the answer')
     parser.add_argument('--link', type=parse_link, metavar='GBIT,US', help='predict step times for a link')
+    parser.add_argument('--format', type=parse_formats, metavar='pdf,png,svg', default=(),
+                        help='draw figures for a paper, in these formats; default, with --width: pdf')
+    parser.add_argument('--width', type=float, help='of these figures, in inches; default: 3.3')
+    parser.add_argument('--labels', type=parse_labels, metavar='NAME=LABEL;...', default={},
+                        help='what plots call configs')
     parser.add_argument('--wandb', action='store_true', help='log the outputs to W&B, too')
     parser.add_argument('--from_wandb', metavar='ENTITY/PROJECT', help='read the runs of a W&B project')
     parser.error = lambda message: fail(f'{message}; see python compare.py --help')
@@ -67,6 +105,8 @@ def parse_args(argv):
         fail(f'--level is {args.level}, it must be a finite loss, in nats per token')
     if args.margin is not None and not 0 < args.margin < math.inf:
         fail(f'--margin is {args.margin}, it must be a number of nats above 0, such as 0.02')
+    if args.width is not None and not 2 <= args.width <= 20:
+        fail(f'--width is {args.width}, it must be from 2 to 20 inches')
     if (args.wandb or args.from_wandb) and importlib.util.find_spec('wandb') is None:
         fail(f'--{"wandb" if args.wandb else "from_wandb"} needs wandb, which is not installed: '
              'pip install wandb')
@@ -78,13 +118,15 @@ if __name__ == '__main__':
     parse_args(sys.argv[1:])  # --help and mistakes are reported before scipy and matplotlib are loaded
 
 from analysis.answers import answers, exploratory, headlines
+from analysis.families import rows_called
+from analysis.figures import Sheet
 from analysis.findings import find_all
 from analysis.plan import plan_of
 from analysis.plots import draw_all
 from analysis.report import Report, log_to_wandb, markdown, page, screen, write_csv, write_json
-from analysis.runs import group, read_run, read_wandb, refuse_mixed
+from analysis.runs import group, last_common_step, mixed_recipes, read_run, read_wandb, up_to
 from analysis.tuning import Tuned, check_tuned
-from analysis.unanswered import open_questions
+from analysis.unanswered import open_questions, pairing
 from analysis.verdicts import MARGIN
 
 
@@ -96,9 +138,11 @@ def missing_notes(rows, unfinished, finished=()):
             continue
         alone = [str(seed) for seed in row.runs if row.control is None or seed not in row.control.runs]
         if row.control is None:
-            notes.append(f'{row.title}: no dense control among these runs, so its difference is blank')
+            notes.append(f'{row.title}: no dense control among these runs, so its difference is blank; this '
+                         f'trains it: {pairing(row, alone)}')
         elif alone:
-            notes.append(f'{row.title}: no dense control of seed {", ".join(alone)}, not in its difference')
+            notes.append(f'{row.title}: no dense control of seed {", ".join(alone)}, not in its difference; '
+                         f'this trains it: {pairing(row, alone)}')
     if any(row.control and row.runs.keys() != row.control.runs.keys() for row in rows):
         notes.append('val losses are means over different seeds: compare the differences, not the losses')
     tuned = {run for row in rows if row.tuning for own in row.tuning.runs.values() for run in own.values()}
@@ -154,6 +198,14 @@ def read_runs(args):
     return runs, empty
 
 
+def read_at(runs, at):
+    """The runs as they were at a step, or the last that all have. Ends the program if there is none."""
+    step = last_common_step(runs) if at == 'last' else at
+    if step is None:
+        fail('--at=last: these runs have no evaluation after step 0 at a common step; --at=STEP names one')
+    return [up_to(run, step) for run in runs]
+
+
 def find_tuned(args, plan):
     """The Tuned that the flags ask for, or else the plan; None for none. Ends the program if it cannot be."""
     if args.tuned is None and args.tuning_seeds and (plan is None or plan.tuned is None):
@@ -175,13 +227,31 @@ def departures(args, plan):
             if getattr(args, key) not in (None, ()) and getattr(args, key) != getattr(plan, key)]
 
 
+def label_rows(rows, labels):
+    """Have plots call rows as --labels says. Ends the program, in one line, if a name is none of theirs."""
+    for name, label in labels.items():
+        for row in rows_called(name, rows, '--labels'):
+            row.called = label
+
+
+def draw_figures(args, found):
+    """Draw the figures for a paper, if the flags ask for any. Returns what to say of them."""
+    if not args.format and args.width is None:
+        return ''
+    formats, sheet = args.format or ('pdf',), Sheet(args.width or 3.3)
+    drawn = draw_all(found, args.out / 'figures', sheet, formats)
+    return (f'; to {args.out / "figures"}: {len(drawn)} figures of {sheet.width:g} inches as '
+            f'{", ".join(formats)}, each with a caption')
+
+
 def main(argv):
     args = parse_args(argv)
     runs, empty = read_runs(args)
+    if args.at is not None:
+        runs = read_at(runs, args.at)
     plan, notes = plan_of([run for run in runs if run.info])
     tuned = find_tuned(args, plan)
-    if not args.mix:
-        refuse_mixed([run for run in runs if run.info], tuned)
+    notes += mixed_recipes([run for run in runs if run.info], tuned)
     finished, unfinished = ([run for run in runs if bool(run.trouble) is bad] for bad in (False, True))
     predict, reasons, link = step_predictor(finished, args.link) if args.link else (None, {}, None)
     diverged = [run for run in unfinished if run.trouble.startswith('diverged')]
@@ -189,25 +259,30 @@ def main(argv):
     notes += departures(args, plan) + missing_notes(rows, unfinished, finished)
     notes += [f'{path}: no run in it' for path in empty if path != args.out]
     if not rows:
-        fail('; '.join(['no finished run to compare', *notes]))
+        hint = '; --at=last compares runs as they are' * (args.at is None and any(
+            run.evals.keys() - {0} for run in unfinished))
+        fail('; '.join([f'no {"" if args.at is not None else "finished "}run to compare{hint}', *notes]))
     notes += [f'{row.title}: its step time is not predicted: {reasons[row.first]}'
               for row in rows if row.first in reasons]
 
-    found = find_all(rows, args.margin or (plan and plan.margin) or MARGIN, tuned, plan, link)
+    found = find_all(rows, args.margin or (plan and plan.margin) or MARGIN, tuned, plan, link, args.pair)
+    label_rows(rows, args.labels)
     command = shlex.join(['python', 'compare.py', *argv])
     report = Report(command, headlines(found), exploratory(found), answers(found),
                     open_questions(found, command), notes, unfinished)
     print(screen(found, report))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        plots = draw_all(rows, args.out)
-        (args.out / 'table.md').write_text(markdown(found, report, plots))
-        (args.out / 'report.html').write_text(page(found, report, plots, args.out))
+        plots = draw_all(found, args.out)
+        figures = draw_figures(args, found)
+        (args.out / 'table.md').write_text(markdown(found, report, plots), encoding='utf-8')
+        (args.out / 'report.html').write_text(page(found, report, plots, args.out), encoding='utf-8')
         write_csv(args.out / 'table.csv', found, unfinished)
         write_json(args.out / 'table.json', found, report)
     except OSError as error:
         fail(f'--out is {args.out}, which cannot be written: {error.strerror}')
-    print(f'\nwritten to {args.out}: table.md, table.csv, table.json, report.html and {len(plots)} plots')
+    print(f'\nwritten to {args.out}: table.md, table.csv, table.json, report.html and {len(plots)} plots'
+          + figures)
     if args.wandb:
         import wandb
         try:

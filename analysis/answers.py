@@ -94,12 +94,23 @@ def stopped(failure, answer):
 
 
 def headlines(found):
-    """The answer for each recipe and tp_size, the first of which is the answer. At least one line."""
-    key = found.tuned and found.tuned.key
-    if not any(row.dense for row in found.rows):
-        return ['No answer: there is no dense control among these runs']
-    return [headline(answer, found.margin, key) for answer in found.answers] or [
-        'No answer: no tensor-parallel run has finished beside its dense control']
+    """A line for each recipe and tp_size, the first of which is the answer. At least one line."""
+    key, recipes = found.tuned and found.tuned.key, by_note(found.rows)
+    lines = [headline(answer, found.margin, key) for answer in found.answers]
+    for note, own in recipes.items():
+        if not any(answer.note == note for answer in found.answers):
+            of = f' ({note.removeprefix(", ")})' * bool(note)
+            lines.append(f'No answer{of}: ' + (
+                'no tensor-parallel run has finished beside its dense control' if own[0].dense else
+                'there is no dense control among these runs'))
+    return [at_step(found.rows) + line for line in lines]
+
+
+def at_step(rows):
+    """What a line begins with if the runs are read before their end; '' if they are not."""
+    steps = {(row.first.at, row.first.config['max_iters']) for row in rows if row.first.at is not None}
+    words = ', '.join(f'{at:,} of {last:,}' for at, last in sorted(steps))
+    return f'At step {words}, as the runs were there, which is no answer yet: ' if steps else ''
 
 
 # the guide's thresholds
@@ -142,7 +153,7 @@ def exploratory(found):
     if found.plan is None:
         return ['no plan came with these runs: every comparison is exploratory']
     planned = [row.title for row in found.rows if row.planned and not row.dense]
-    planned += [pair_name(one) for one in found.comparisons if one.planned]
+    planned += [pair_name(one) for one in found.comparisons if one.planned and one.kind == 'pair']
     other = [row.title for row in found.rows if not row.planned]
     unplanned = sum(not one.planned for one in found.comparisons)
     other += [f'{unplanned} pair{"s" * (unplanned > 1)}'] * bool(unplanned)
@@ -176,18 +187,35 @@ def pair_name(one):
 
 def pairs(found, *kinds):
     """The comparisons of these kinds in words, the planned and the clear ones first."""
-    own = sorted((one for one in found.comparisons if one.kind in kinds and one.difference),
+    return pair_lines([one for one in found.comparisons if one.kind in kinds], 'pair' not in kinds)
+
+
+def pair_lines(comparisons, summary):
+    """Comparisons in words. summary: whether to begin with how many there are of each verdict"""
+    own = sorted((one for one in comparisons if one.difference),
                  key=lambda one: (not one.planned, one.verdict not in ('lower', 'higher')))
     lines = []
     for one in own:
         adjusted = '' if one.p_holm is None else f', p {one.p:.2g}, by Holm {one.p_holm:.2g}'
         plan = '' if one.planned else ' (exploratory)'
-        lines.append(f'{pair_name(one)}: {one.difference}: {one.verdict}{adjusted}{plan}')
-    if len(own) > 1 and 'pair' not in kinds:
+        both = f', both with {all_reduces(one.first)}' if one.equal else ''
+        lines.append(f'{pair_name(one)}{both}: {one.difference}: {one.verdict}{adjusted}{plan}')
+    if len(own) > 1 and summary:
         words = [one.verdict for one in own]
         lines.insert(0, f'of {len(own)} pairs: ' + ', '.join(
             f'{words.count(word)} {word}' for word in dict.fromkeys(words)) + ', adjusted by Holm')
     return lines
+
+
+def asked(found):
+    """The Comparisons that --pair asks for."""
+    return [one for one in found.comparisons if one.kind == 'pair' and (one.first, one.second) in found.asked]
+
+
+def at_equal(found):
+    """The Comparisons at an equal number of all-reduces, each pair of rows once, most all-reduces first."""
+    once = {frozenset((one.first, one.second)): one for one in reversed(found.comparisons) if one.equal}
+    return sorted(reversed(once.values()), key=lambda one: -count(one.first))
 
 
 def cliff(curve, bend):
@@ -260,7 +288,21 @@ def sweet_spot(found):
                      + (f'{safe[0].title}, {safe[0].seconds * 1e3:.4g} ms' if safe else 'none'))
         lines.append(f'Pareto front by verdict{note}, fastest first: ' + '; '.join(
             f'{row.title} {row.seconds * 1e3:.4g} ms, {shown(row)}' for row in front(own)))
+        lines += without_tensor_parallelism(timed)
     return lines + [f'step times are predicted for {found.link}, not measured'] * bool(lines)
+
+
+def without_tensor_parallelism(timed):
+    """When tensor parallelism is needed at all, as lines. timed: rows of a recipe, the fastest first"""
+    control, fastest = timed[0].control, timed[0]
+    if control is None or control.seconds is None:
+        return []
+    start = f'data-parallel alone, dense{control.note}, takes {control.seconds * 1e3:.4g} ms'
+    if control.seconds > fastest.seconds:
+        return [f'{start}, {fastest.title} {fastest.seconds * 1e3:.4g} ms: here tensor parallelism is faster '
+                'if the model and its batch fit on one GPU, and needed if they do not']
+    return [f'{start}, less than any of these: tensor parallelism is needed only if the model or its batch '
+            'does not fit on one GPU, or for latency']
 
 
 def speed(found):
@@ -268,7 +310,7 @@ def speed(found):
     rows, measured, predicted = found.rows, [], []
     for curve in curves(rows):
         full = curve[0]
-        ratios = [f'{row.communications}: {row.tp_seconds / row.seconds:.2f}' for row in curve
+        ratios = [f'{row.counted}: {row.tp_seconds / row.seconds:.2f}' for row in curve
                   if row.seconds and row.tp_seconds and not row.all_tp]
         if ratios:
             predicted.append(f'{curve_name(full)}, predicted times the speed of all-tp, by communications: '
@@ -364,7 +406,7 @@ def drifting(found):
     sizes = {row: drift for row in found.rows if (drift := row.mean(largest_drift)) is not None}
     lines = []
     for curve in curves(list(sizes)):
-        numbers = ', '.join(f'{row.communications}: {sizes[row]:.2f}' for row in curve)
+        numbers = ', '.join(f'{row.counted}: {sizes[row]:.2f}' for row in curve)
         lines.append(f'{curve_name(curve[0])}, largest ||d_r|| / ||c|| by communications: {numbers}')
     return lines + ['that drift goes along with a difference in loss does not make it the cause'
                     ] * bool(lines)
@@ -428,8 +470,12 @@ def answers(found):
     if all(row.dense for row in found.rows):
         return []
     every = [
+        Answered('The pairs that were asked for', pair_lines(asked(found), summary=False)),
         *thresholds(found.rows),
-        Answered('Planned comparisons', pairs(found, 'pair')),
+        Answered('Planned comparisons', pair_lines(
+            [one for one in found.comparisons if one.kind == 'pair' and one.planned], summary=False)),
+        Answered('Which blocks are better at an equal number of all-reduces?',
+                 pair_lines(at_equal(found), summary=True)),
         Answered(f'Each config at its best {found.tuned.key if found.tuned else ""}', tuning(found)),
         Answered('Key question 3: does alternating placement beat clustered?', pairs(found, 'placement')),
         Answered('Key question 4: is there a cliff?', all_cliffs(found)),

@@ -3,14 +3,15 @@ The verdict on each row, the answer, and the pairs of rows: runs.py's rows with 
 
 The rows of one recipe share one spread. Dunnett's test is over what the plan names, or else over the nets
 that the answer is read from; the other rows of a tp_size are a second, exploratory family. Pairs of rows are
-tested with the same spread and adjusted by Holm: those that the plan names, and apart from them all others.
+tested with the same spread and adjusted by Holm in three families: those that the plan names, those at an
+equal number of observed all-reduces, and the others.
 """
 
 import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import NamedTuple
 
 from scipy.stats import t
@@ -26,6 +27,7 @@ from analysis.verdicts import (
     judge_family,
     seeds_to_show,
 )
+from configurator import fail
 
 GUIDE_UNITS = [['tp'], ['tp', 'spd'], ['tp', 'spd', 'spd'], ['spd'], ['spd', 'parallel'],
                ['spd', 'parallel', 'parallel'], ['parallel']]
@@ -203,14 +205,19 @@ def noise_floors(rows):
 
 @dataclass(eq=False)
 class Comparison:
-    """Two rows that differ in one thing, or that the plan names, and their paired difference."""
-    kind: str  # placement, merge, sync, tp_size or pair
+    """Two rows that are compared with each other, and their paired difference."""
+    kind: str  # pair (asked for, or in the plan), placement, merge, sync, tp_size or equal
     first: Row
     second: Row
     difference: Estimate | None  # first minus second; None if they share no seed
     planned: bool = False
     p: float | None = None  # two-sided
     p_holm: float | None = None
+
+    @property
+    def equal(self):
+        """Whether both make the same number of observed all-reduces, over as many ranks."""
+        return same_all_reduces(self.first, self.second)
 
     @property
     def verdict(self):
@@ -252,34 +259,100 @@ def pair_kinds(rows):
     return sorted(found, key=lambda one: ('placement', 'merge', 'sync', 'tp_size').index(one[0]))
 
 
-def comparisons(rows, plan=None):
-    """
-    The Comparisons that the plan names, and those of rows that differ in one thing only:
+def same_all_reduces(a, b):
+    """Whether two rows of a recipe observe an equal number of all-reduces, above 0, over as many ranks."""
+    counts = {(row.all_reduces['forward'], row.tp_size, row.note) for row in (a, b)}
+    return len(counts) == 1 and a.all_reduces['forward'] > 0
 
+
+def equal_pairs(rows):
+    """The pairs at an equal number of observed all-reduces: the rival minus the guide's net, if one is it."""
+    return [(b, a) if a.plain and follows_guide(a) else (a, b)
+            for a, b in combinations(rows, 2) if same_all_reduces(a, b)]
+
+
+def names_of(row):
+    """What --pair and --labels may call a row."""
+    names = {row.name, row.blocks, row.title} | {run.info['name'] for run in row.runs.values()}
+    return names | ({'dense'} if row.dense else set())
+
+
+def rows_called(name, rows, flag):
+    """The rows of a name. Ends the program, in one line, if there is none."""
+    found = [row for row in rows if name in names_of(row)]
+    if not found:
+        known = '; '.join(dict.fromkeys(row.blocks for row in rows))
+        fail(f'{flag}: no config is called {name}; there are {known}, or the names of runs')
+    return found
+
+
+def asked_pairs(rows, names):
+    """
+    The pairs of rows that --pair names, [(first, second)], of each recipe and tp_size that has both; over
+    different tp_sizes if there are no others. Ends the program, in one line, if there is no such pair.
+    """
+    found = []
+    for a, b in names:
+        both = [(first, second) for first in rows_called(a, rows, '--pair')
+                for second in rows_called(b, rows, '--pair') if first is not second
+                and first.note == second.note]
+        alike = [(first, second) for first, second in both
+                 if first.tp_size == second.tp_size or first.dense or second.dense]
+        if not both:
+            fail(f'--pair is {a} and {b}, they must be two configs of one recipe')
+        found += alike or both
+    return found
+
+
+def comparisons(rows, plan=None, asked=()):
+    """
+    The Comparisons with their p, not yet adjusted. asked: pairs of rows
+
+    pair        those asked for, and those that the plan names
     placement   the same blocks in the most alternating order, minus each more clustered order
     merge       the mean of the ranks' additions, minus their sum
     sync        the MLP's sync dropped (attn_spd), minus attention's (spd)
     tp_size     the same blocks with the most ranks, minus with the fewest
+    equal       all others at an equal number of observed all-reduces
     """
+    def is_planned(a, b):
+        return (plan is not None and a.note == b.note and (a.tp_size == b.tp_size or a.dense or b.dense)
+                and not a.variation and not b.variation and plan.names_pair(a, b))
+
     configs = [row for row in rows if not row.dense]
-    named = [('pair', a, b) for a, b in permutations(rows, 2)
-             if plan and a.note == b.note and (a.tp_size == b.tp_size or a.dense or b.dense)
-             and not a.variation and not b.variation and plan.names_pair(a, b)]
-    found = [Comparison(kind, a, b, paired(a, b), kind == 'pair')
-             for kind, a, b in [*named, *pair_kinds(configs)]]
-    for planned in (True, False):
-        tested = [one for one in found if one.planned is planned and set_p(one)]
-        for one, p in zip(tested, holm([one.p for one in tested])):
-            one.p_holm = p
+    named = [(a, b) for a, b in permutations(rows, 2) if is_planned(a, b)]
+    # a pair that the plan has the other way round is the same test
+    named += [(a, b) for a, b in dict.fromkeys(asked) if (a, b) not in named]
+    pairs = [('pair', a, b) for a, b in named] + pair_kinds(configs)
+    there = {frozenset(pair) for _, *pair in pairs}
+    pairs += [('equal', a, b) for a, b in equal_pairs(configs) if frozenset((a, b)) not in there]
+    found = [Comparison(kind, a, b, paired(a, b), is_planned(a, b) or is_planned(b, a))
+             for kind, a, b in pairs]
+    for one in found:
+        set_p(one)
     return found
 
 
+def adjust(tests):
+    """
+    Set p_holm of tests that form one family, Comparisons or others with a p; two of the same rows, which may
+    be of several kinds, count once. Those without a p are left out.
+    """
+    same = {}
+    for one in tests:
+        if one.p is not None:
+            key = frozenset((one.first, one.second)) if isinstance(one, Comparison) else id(one)
+            same.setdefault(key, []).append(one)
+    for ones, p in zip(same.values(), holm([ones[0].p for ones in same.values()])):
+        for one in ones:
+            one.p_holm = p
+
+
 def set_p(one):
-    """Set the p of a Comparison from its recipe's spread; returns whether it has one."""
+    """Set the p of a Comparison from its recipe's spread; without one, or for twins, it has none."""
     spread = one.first.spread
     if one.difference and spread and one.verdict != 'identical':
         one.p = two_sided(one.difference.mean, spread, one.difference.n)
-    return one.p is not None
 
 
 def two_sided(difference, spread: Spread, n):

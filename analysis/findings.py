@@ -21,6 +21,8 @@ from analysis.families import (
     Answer,
     Comparison,
     NoiseFloor,
+    adjust,
+    asked_pairs,
     comparisons,
     find_answers,
     follows_guide,
@@ -31,7 +33,7 @@ from analysis.families import (
 from analysis.plan import Plan
 from analysis.runs import Estimate, by_note, by_spread, estimate, paired, to_dense
 from analysis.tuning import Tuned
-from analysis.verdicts import MARGIN, holm, paired_t
+from analysis.verdicts import MARGIN, paired_t
 from configurator import pattern
 
 # the guide's thresholds, which hold for one model, length and tokenizer
@@ -50,7 +52,8 @@ def in_scope(run):
     """Whether the guide's thresholds apply to a run."""
     steps = run.config['max_iters'] / GUIDE_STEPS  # "about 20k": llm.c's run has 19,560
     parameters = run.info['parameters'] / GUIDE_PARAMETERS
-    return (run.info['corpus']['tokenizer'] == 'gpt2' and run.config['dataset'] in GUIDE_DATASETS
+    return (run.at is None and run.info['corpus']['tokenizer'] == 'gpt2'
+            and run.config['dataset'] in GUIDE_DATASETS
             and abs(steps - 1) <= 0.05 and abs(parameters - 1) <= 0.01)
 
 
@@ -348,6 +351,14 @@ class Trend:
         return Estimate(there.mean, float(half), there.n)
 
 
+class Slope:
+    """The test of one slope of a Trend, over its seeds."""
+
+    def __init__(self, trend, regressor):
+        self.trend, self.regressor = trend, regressor
+        self.p = p_value(trend.fits[0][:, 1 + trend.regressors.index(regressor)].tolist())
+
+
 def find_trends(rows):
     """
     The Trends of the configs that were run at several widths or budgets, all else equal; with more points of
@@ -411,29 +422,29 @@ class Findings:
     answers: list[Answer]
     floors: list[NoiseFloor]
     comparisons: list[Comparison]
+    asked: list  # of these, the pairs of rows that --pair names
     bends: list  # (the curve, its Bend or None)
     trends: list[Trend]
 
 
-def find_all(rows, margin=MARGIN, tuned=None, plan=None, link=None):
+def find_all(rows, margin=MARGIN, tuned=None, plan=None, link=None, pairs=()):
     """
-    The Findings of rows, which get their verdicts here.
+    The Findings of rows, which get their verdicts here. pairs: the names of --pair
 
-    Holm's adjustment is over all exploratory tests together: pairs, bends and slopes.
+    Holm's adjustment is by families: the pairs that the plan names, those at an equal number of all-reduces,
+    and all other tests together: pairs, bends and slopes.
     """
     judge_rows(rows, margin, plan)
+    asked = asked_pairs(rows, pairs)
     found = Findings(rows, margin, tuned, plan, link, find_answers(rows), noise_floors(rows),
-                     comparisons(rows, plan), [(curve, fit_bend(curve)) for curve in curves(rows)],
-                     find_trends(rows))
-    pairs = [one for one in found.comparisons if one.p is not None and not one.planned]
-    bends = [bend for _, bend in found.bends if bend and bend.p is not None]
-    slopes = [(trend, name) for trend in found.trends for name in trend.regressors
+                     comparisons(rows, plan, asked), asked,
+                     [(curve, fit_bend(curve)) for curve in curves(rows)], find_trends(rows))
+    unplanned = [one for one in found.comparisons if not one.planned]
+    slopes = [Slope(trend, name) for trend in found.trends for name in trend.regressors
               if len(trend.points) > 1]
-    p = iter(holm([one.p for one in pairs] + [bend.p for bend in bends]
-                  + [p_value(trend.fits[0][:, 1 + trend.regressors.index(name)].tolist())
-                     for trend, name in slopes]))
-    for one in [*pairs, *bends]:
-        one.p_holm = next(p)
-    for trend, name in slopes:
-        trend.p_holm[name] = next(p)
+    adjust([one for one in found.comparisons if one.planned])
+    adjust([one for one in unplanned if one.equal])
+    adjust([one for one in unplanned if not one.equal] + [bend for _, bend in found.bends if bend] + slopes)
+    for slope in slopes:
+        slope.trend.p_holm[slope.regressor] = slope.p_holm
     return found

@@ -13,71 +13,13 @@ import os
 from dataclasses import asdict, dataclass
 from itertools import starmap
 
-from analysis.answers import as_ratio
-from analysis.findings import (
-    ASYNC_TP,
-    at_common,
-    by_note,
-    curve_name,
-    exact_rivals,
-    front,
-    gap_to_dense,
-    highest_norm,
-    largest_drift,
-    step_ratio,
-    time_ratio,
-)
-from analysis.runs import OTHER_VARIED, SPIKE, subject, to_dense
-from analysis.tuning import common_values
+from analysis.findings import by_note, count, curve_name, exact_rivals, front
+from analysis.runs import SPIKE, subject
+from analysis.tables import aligned, record, tables
 
 TITLE = 'Validation loss against communications'
-PREDICTED = 'predicted ms/step'
 
-# the numbers of a row
-
-
-def steps_to_level(row):
-    """The mean number of steps to row.level; None if a run does not reach it."""
-    steps = row.values(lambda run: run.steps_to(row.level))
-    return sum(steps.values()) / len(steps) if len(steps) == len(row.runs) else None
-
-
-def record(row, found):
-    """A row's numbers under flat names, unrounded; losses in nats per token, None if there is none."""
-    difference, corpus, verdict, spread = to_dense(row), row.first.info['corpus'], row.verdict, row.spread
-    gap, steps, common = gap_to_dense(row), step_ratio(row), at_common(row)
-    return dict(
-        run=row.name, state='finished', communications=row.communications,
-        all_reduces_forward=row.all_reduces['forward'], all_reduces_backward=row.all_reduces['backward'],
-        block_types=' '.join(row.block_types), tp_size=row.tp_size,
-        **{key: row.first.config[key] for key in OTHER_VARIED}, seeds=' '.join(map(str, row.runs)),
-        val_loss=row.loss, verdict=row.word or None, difference=difference and difference.mean,
-        half_interval=difference and difference.half, lower=verdict and verdict.lower,
-        upper=verdict and verdict.upper, p_dunnett=verdict and verdict.p, pairs=difference and difference.n,
-        pooled_sd=spread and float(spread.pooled_sd), df=spread and spread.df, planned=row.planned,
-        **tuned_record(row, found),
-        difference_at_common=common and common.mean, half_interval_at_common=common and common.half,
-        level=row.level, steps_to_level=steps_to_level(row),
-        log_step_ratio=steps and steps.mean, log_step_ratio_half_interval=steps and steps.half,
-        generalisation_gap=row.mean(lambda run: run.gap),
-        gap_difference=gap and gap.mean, gap_half_interval=gap and gap.half,
-        highest_grad_norm=highest_norm(row),
-        loss_spikes=sum(len(run.spikes) for run in row.runs.values()),
-        skipped_steps=sum(run.skipped for run in row.runs.values()), largest_drift=row.mean(largest_drift),
-        predicted_seconds=row.seconds, tokens_per_sec=row.mean(lambda run: run.tokens_per_sec),
-        n_embd=row.first.config['n_embd'], parameters=row.first.info['parameters'], corpus=corpus['corpus'],
-        tokenizer=corpus['tokenizer'], max_iters=row.first.config['max_iters'])
-
-
-def tuned_record(row, found):
-    """The value of the tuned key that a row is at, and its sensitivity to it."""
-    tuning = row.tuning
-    sensitivity = tuning and tuning.compared and tuning.sensitivity(
-        common_values([other for other in found.rows if other.note == row.note]))
-    return dict(tuned=tuning and tuning.tuned.key, best=tuning and tuning.best,
-                tuning_loss=tuning and tuning.means.get(tuning.best),
-                sensitivity=None if sensitivity is False else sensitivity,
-                run_next=' '.join(f'{value:g}' for value in tuning.missing) if tuning else None)
+# the files for programs
 
 
 def run_record(seed, run):
@@ -95,16 +37,16 @@ def write_csv(path, found, unfinished):
     """table.csv: one line for each row, and one without numbers for each unfinished run."""
     lines = [record(row, found) for row in found.rows]
     lines += [dict(run=run_name(run), state=run.trouble) for run in unfinished]
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
         table = csv.DictWriter(file, lines[0].keys(), lineterminator='\n')
         table.writeheader()
         table.writerows(lines)
 
 
 def answer_record(answer):
-    """The numbers of an Answer; None if nothing is shown, or by the seeds alone that tuned it."""
+    """The numbers of an Answer; None if nothing is shown, or not by finished runs of seeds for the answer."""
     row = answer.row
-    if row is None or answer.preliminary:
+    if row is None or answer.preliminary or row.first.at is not None:
         return None
     return dict(communications=row.communications, all_reduces=row.all_reduces['forward'],
                 block_types=row.block_types, difference=row.verdict.difference, upper=row.verdict.upper,
@@ -114,7 +56,7 @@ def answer_record(answer):
 def comparison_record(one):
     return dict(kind=one.kind, first=one.first.name, second=one.second.name, verdict=one.verdict,
                 difference=one.difference and asdict(one.difference), p=one.p, p_holm=one.p_holm,
-                planned=one.planned)
+                planned=one.planned, all_reduces=count(one.first) if one.equal else None)
 
 
 def write_json(path, found, report):
@@ -122,7 +64,7 @@ def write_json(path, found, report):
     plan, tuned = found.plan, found.tuned
     contents = dict(
         command=report.command, subject=subject([row.first for row in found.rows]), link=found.link,
-        margin=found.margin, headlines=report.headlines,
+        margin=found.margin, at=found.rows[0].first.at, headlines=report.headlines,
         answer=answer_record(found.answers[0]) if found.answers else None,
         all_answers=[dict(tp_size=answer.tp_size, recipe=answer.note.removeprefix(', '),
                           answer=answer_record(answer), seeds_for_next=answer.seeds,
@@ -143,6 +85,7 @@ def write_json(path, found, report):
         noise_floor=[dict(run=one.row.name, size=one.size, largest=one.largest, n=one.n)
                      for one in found.floors],
         comparisons=list(map(comparison_record, found.comparisons)),
+        pairs_asked_for=[[a.name, b.name] for a, b in found.asked],
         bends=[dict(curve=curve_name(curve[0]), at=bend.at, seeds=bend.seeds, bend=asdict(bend.bend),
                     p=bend.p, p_holm=bend.p_holm, squares_left=bend.residuals)
                for curve, bend in found.bends if bend],
@@ -151,91 +94,7 @@ def write_json(path, found, report):
         trends=[dict(config=trend.name, points=trend.points, p_holm=trend.p_holm,
                      slopes={name: asdict(trend.slope(name)) for name in trend.regressors})
                 for trend in found.trends])
-    path.write_text(json.dumps(contents, indent=1, allow_nan=False) + '\n')
-
-
-# the tables
-
-
-def number(value, form, times=1):
-    """A number as a cell, empty if there is none."""
-    return '' if value is None else format(times * value, form)
-
-
-def columns(found):
-    """{header: what its cell shows of a row and of its record()} of the first table; only what is known."""
-    noted = any(row.note for row in found.rows)
-    table = {
-        'blocks': lambda row, own: row.blocks + row.note * noted,
-        'comm': lambda row, own: str(row.communications),
-        'all-reduces': lambda row, own: f'{row.all_reduces["forward"]}/{row.all_reduces["backward"]}',
-        'tp': lambda row, own: str(row.tp_size), 'seeds': lambda row, own: str(len(row.runs)),
-        'val loss': lambda row, own: f'{row.loss:.4f}',
-        'minus dense, 95% interval': lambda row, own: str(to_dense(row) or ''),
-        'upper bound': lambda row, own: number(own['upper'], '+.4f'),
-        'verdict': lambda row, own: row.word + (' (not planned)' if found.plan and not row.planned else '')}
-    if found.tuned:
-        table |= {
-            f'best {found.tuned.key}': lambda row, own: number(own['best'], 'g'),
-            'sensitivity': lambda row, own: number(own['sensitivity'], '.4f'),
-            "both at dense's best": lambda row, own: str(at_common(row) or '')}
-    return table
-
-
-def time_columns(found):
-    """The same of the table of predicted times."""
-    return {
-        'blocks': lambda row, own: row.blocks + row.note, 'tp': lambda row, own: str(row.tp_size),
-        'verdict': lambda row, own: row.word,
-        PREDICTED: lambda row, own: number(own['predicted_seconds'], '.4g', 1e3),
-        'step, times that of all-tp': lambda row, own: (
-            format(row.seconds / row.tp_seconds, '.2f') if row.seconds and row.tp_seconds else ''),
-        "to dense's losses: steps": lambda row, own: ratio(step_ratio(row)),
-        'time, times that of all-tp': lambda row, own: ratio(time_ratio(row))}
-
-
-def ratio(logs):
-    return '' if logs is None else as_ratio(logs)
-
-
-def more_columns(found):
-    """The same of the second table: how training went."""
-    table = {
-        'blocks': lambda row, own: row.blocks + row.note, 'tp': lambda row, own: str(row.tp_size),
-        'p, Dunnett': lambda row, own: number(own['p_dunnett'], '.2g'),
-        "times dense's steps": lambda row, own: ratio(step_ratio(row)),
-        'val minus train loss': lambda row, own: number(own['generalisation_gap'], '+.4f'),
-        'minus dense at equal loss': lambda row, own: str(gap_to_dense(row) or ''),
-        'highest grad norm': lambda row, own: number(own['highest_grad_norm'], '.2f'),
-        'spikes': lambda row, own: str(own['loss_spikes']),
-        'skipped': lambda row, own: str(own['skipped_steps']),
-        'largest drift': lambda row, own: number(own['largest_drift'], '.2f'),
-        'tokens/s': lambda row, own: number(own['tokens_per_sec'], ',.0f')}
-    return table
-
-
-def lines_of(found, table):
-    """A table as a list of lines of cells, the header first. Columns without a cell are left out."""
-    rows = [[cell(row, own) for cell in table.values()]
-            for row in found.rows for own in [record(row, found)]]
-    if PREDICTED in table:
-        gain = f'{1 / ASYNC_TP[1]:.2f} to {1 / ASYNC_TP[0]:.2f}'
-        for name, low, high in exact_rivals(found.rows):
-            rows.append([name, '', "dense's loss", f'{low * 1e3:.4g} to {high * 1e3:.4g}', gain, '1', gain])
-    used = [i for i in range(len(table)) if any(line[i] for line in rows)]
-    return [[line[i] for i in used] for line in [list(table), *rows]]
-
-
-def tables(found):
-    """The table of the answer, that of predicted times (None without a link), and how training went."""
-    return (lines_of(found, columns(found)), lines_of(found, time_columns(found)) if found.link else None,
-            lines_of(found, more_columns(found)))
-
-
-def aligned(lines):
-    """A table as aligned text."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return '\n'.join('  '.join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    path.write_text(json.dumps(contents, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 
 # for people
@@ -255,8 +114,9 @@ class Report:
 
 def screen(found, report):
     """What the terminal shows: the answer, the table, up to six questions with a line, what is open."""
-    parts = [*report.headlines, '', subject([row.first for row in found.rows]),
-             '\n\n'.join(map(aligned, filter(None, tables(found)[:2]))), *report.planned, *report.notes, '']
+    shown = [aligned(lines) for name, lines in tables(found, only_named=True).items() if name != 'training']
+    parts = [*report.headlines, '', subject([row.first for row in found.rows]), '\n\n'.join(shown),
+             *report.planned, *report.notes, '']
     for question, lines in report.answers[:6]:
         more = f' ({len(lines) - 1} more in the report)' if len(lines) > 1 else ''
         parts += [question, f'    {lines[0]}{more}']
@@ -264,6 +124,11 @@ def screen(found, report):
     for question, command in report.open:
         parts += [f'- {question}', f'    {command}']
     return '\n'.join(parts)
+
+
+# above the tables, except the first
+HEADINGS = dict(rivals='All by observed all-reduces, with the bytes of a step:', pairs='Pairs of configs:',
+                times='Predicted times:', training='How training went:')
 
 
 def methods(margin):
@@ -275,6 +140,9 @@ def methods(margin):
             'all-reduces to fewest, before the first that is neither better nor as good.',
             "Times dense's steps: in what part of dense's steps its losses are reached, over its evaluations "
             'after warmup. Gaps between validation and train loss are compared at equal validation loss. '
+            'MB a step: of the residual stream, forward and backward, all tokens of a step, each message '
+            'counted once. A blocking all-reduce is waited for by the very next sublayer, a hidden one is '
+            'not. Pairs at an equal number of all-reduces are adjusted by Holm among themselves. '
             f'Gradient norms are those after warmup, before clipping. A loss spike is {SPIKE}. Drift is '
             '||d_r|| / ||c|| at the last evaluation, the largest of all sublayers, mean over seeds.']
 
@@ -285,8 +153,11 @@ def markdown(found, report, plots):
     lines = [f'# {first}', '', *(line for other in others for line in (other, '')),
              f'{subject([row.first for row in found.rows])}.', '',
              *(line for planned in report.planned for line in (planned, ''))]
-    for header, *table in filter(None, tables(found)):
-        lines += [f'| {" | ".join(line)} |' for line in [header, ['---'] * len(header), *table]] + ['']
+    for name, (header, *table) in tables(found).items():
+        lines += [HEADINGS[name], ''] if name in HEADINGS else []
+        cells = [header, ['---'] * len(header), *table]
+        lines += [f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in line)} |' for line in cells]
+        lines += ['']
     lines += [line for sentences in methods(found.margin) for line in (sentences, '')]
     lines += ['## Answers', '']
     for question, answer in report.answers:
@@ -344,7 +215,8 @@ def html_figure(path, caption):
 
 def page(found, report, plots, folder):
     """report.html. The plots, {name: caption}, are in the folder as SVG."""
-    main, times, more = (html_table(table) if table else '' for table in tables(found))
+    shown = {name: html_table(table) for name, table in tables(found).items()}
+    more = [f'<p>{HEADINGS[name]}</p>{shown[name]}' for name in ('rivals', 'pairs', 'times') if name in shown]
     figures = [html_figure(folder / f'{name}.svg', caption) for name, caption in plots.items()]
     first, *others = report.headlines
     commands = ''.join(f'<li>{html.escape(question)}<br><code>{html.escape(command)}</code></li>'
@@ -356,13 +228,13 @@ def page(found, report, plots, folder):
         f'<title>{TITLE}</title><style>{CSS}</style></head><body>',
         f'<h1>{html.escape(first)}</h1>', html_list(others) if others else '',
         f'<p>{html.escape(subject([row.first for row in found.rows]))}</p>',
-        *(f'<p>{html.escape(line)}</p>' for line in report.planned), main, times, meaning,
+        *(f'<p>{html.escape(line)}</p>' for line in report.planned), shown['answer'], *more, meaning,
         *figures[:1],
         '<h2>Answers</h2>',
         *(f'<h3>{html.escape(question)}</h3>{html_list(answer)}' for question, answer in report.answers),
         f'<h2>What these runs cannot answer</h2><ul>{commands}</ul>' if report.open else '',
         '<h2>Notes</h2>' + html_list(report.notes) if report.notes else '',
-        '<h2>How training went</h2>', more, training,
+        '<h2>How training went</h2>', shown['training'], training,
         '<h2>Plots</h2>', *figures[1:],
         f'<h2>Made by</h2><p><code>{html.escape(report.command)}</code></p></body></html>']
     return '\n'.join(part for part in parts if part) + '\n'
@@ -392,7 +264,7 @@ def log_to_wandb(found, report, plots, folder):
     lines += [[question, line] for question, answer in report.answers for line in answer]
     run.log(dict(table=wandb.Table(list(records[0]), [list(line.values()) for line in records]),
                  answers=wandb.Table(['question', 'answer'], lines),
-                 report=wandb.Html((folder / 'report.html').read_text(), inject=False),
+                 report=wandb.Html((folder / 'report.html').read_text(encoding='utf-8'), inject=False),
                  **{f'plots/{name}': wandb.Image(str(folder / f'{name}.png')) for name in plots}))
     run.summary.update({f'difference/{line["run"]}': line['difference'] for line in records
                         if line['difference'] is not None})

@@ -4,7 +4,8 @@ The runs that train.py left, read from their folders or from W&B, and paired wit
 A Run is one folder. A Row is the finished runs that differ only in their seed; it knows the dense control of
 the same data and recipe. Differences are taken seed by seed and then averaged: a run shares its initial
 weights and batches with the control of its seed, so most of what the seed does to a loss cancels. With a
-tuned key (tuning.py), a row has the runs at its config's best value of that key.
+tuned key (tuning.py), a row has the runs at its config's best value of that key. Runs may also be read as
+they were at a step (up_to): nothing after it counts.
 
 References  Student's t interval of paired differences: Student (1908), Biometrika 6(1)
 """
@@ -13,7 +14,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from training.rundir import read_info, read_metrics
 
 TOKENS = dict(byte='byte', char='character', gpt2='GPT-2')
 GUIDE_TYPES = {'tp', 'spd', 'parallel'}  # the guide's block types; any other gets a curve of its own
+# those whose every all-reduce is of the whole stream, and waited for
+WHOLE_TYPES = GUIDE_TYPES | {'attn_spd', 'palm'}
+ITEM_BYTES = dict(float32=4, bfloat16=2, float16=2)
 # block_types_at is part of block_types once these are resolved
 OTHER_VARIED = sorted(VARIED - {'seed', 'block_types', 'block_types_at', 'tp_size'})
 
@@ -45,6 +49,7 @@ class Run:
     evals: dict  # iter -> line with val_loss, nats per token
     logs: dict  # iter -> line with train_loss, tokens_per_sec ...
     trouble: str = ''
+    at: int | None = None  # the step at which it is read, see up_to(); None: at its end
 
     @property
     def config(self):
@@ -57,12 +62,12 @@ class Run:
 
     @property
     def last(self):
-        """The evaluation after the last step."""
-        return self.evals[self.config['max_iters']]
+        """The evaluation after the last step, or at the step at which it is read."""
+        return self.evals[self.config['max_iters'] if self.at is None else self.at]
 
     @property
     def loss(self):
-        """Validation loss after the last step, nats per token."""
+        """Validation loss there, nats per token."""
         return self.last['val_loss']
 
     @cached_property
@@ -174,9 +179,10 @@ def read_wandb(project, api):
 
 def read_wandb_run(wandb_run):
     """A run of W&B's api as a Run."""
-    from training.logger import CHARTS, TRACKED  # which takes torch
+    from training.logger import TRACKED, from_charts  # which takes torch
     folder, found = Path(*wandb_run.path), dict(wandb_run.config)
     reduced = {way: f'all_reduces_{way}' for way in ('forward', 'backward')}
+    newer = {way: f'all_reduces_{way}' for way in ('blocking', 'hidden', 'bytes_per_token')}
     # keys of the config beside these may be missing: an earlier version had none, and the default is right
     missing = {'communications', 'corpus', 'parameters', *reduced.values(),
                'max_iters', 'seed', 'block_types', 'tp_size'} - found.keys()
@@ -185,15 +191,40 @@ def read_wandb_run(wandb_run):
     config = {key: found[key] for key in read_defaults().keys() & found.keys()}
     info = {key: found[key] for key in TRACKED & found.keys()} | dict(
         name=wandb_run.name, state=wandb_run.state, config=complete(config),
-        all_reduces={way: found[key] for way, key in reduced.items()})
-    keys, evals, logs = {chart: key for key, chart in CHARTS.items()}, {}, {}
+        all_reduces={way: found[key] for way, key in (reduced | newer).items() if key in found})
+    evals, logs = {}, {}
     for logged in wandb_run.scan_history():
-        line = {keys.get(key, key): value for key, value in logged.items() if value is not None}
+        line = {key: value for key, value in from_charts(logged).items() if value is not None}
         if 'val_tokens' in line:
             evals[line['iter']] = dict(val_loss=None) | line
         elif 'iter' in line:
             logs[line['iter']] = line
     return Run(folder, info, evals, logs, find_trouble(info, evals, logs))
+
+
+# runs as they were at a step
+
+
+def last_common_step(runs):
+    """The last step after 0 that every run beyond step 0 was evaluated at; None if there is none."""
+    steps = [set(run.evals) - {0} for run in runs if run.evals.keys() - {0}]
+    return max(set.intersection(*steps), default=None) if steps else None
+
+
+def up_to(run, step):
+    """A run as it was at a step, without what came later; with its trouble if it was not evaluated there."""
+    if not run.info:
+        return run
+    loss = run.evals.get(step, {}).get('val_loss')
+    trouble = ''
+    if step not in run.evals:
+        seen = max([0, *run.evals, *run.logs])
+        trouble = f'no evaluation at step {step}; {run.info["state"]}, last seen at step {seen}'
+    elif loss is None or not math.isfinite(loss):
+        trouble = f'diverged: its validation loss is {loss} at step {step}'
+    evals, logs = ({at: line for at, line in lines.items() if at <= step} for lines in (run.evals, run.logs))
+    ended = step == run.config['max_iters']
+    return replace(run, evals=evals, logs=logs, trouble=trouble, at=None if ended else step)
 
 
 # what may be compared with what
@@ -215,15 +246,16 @@ def differing(runs, free):
     return {key: values for key, values in seen.items() if len(values) > 1}
 
 
-def refuse_mixed(runs, tuned=None):
-    """End the program, in one line that says what differs, if the runs have not one corpus and recipe."""
+def mixed_recipes(runs, tuned=None):
+    """What differs between the recipes and corpora of the runs, as lines; none if they have one."""
     found = differing(runs, free_keys(runs, tuned))
     differences = [f'{key} is ' + ' and '.join(f'{value} in {folder}' for value, folder in values.items())
                    for key, values in found.items()]
-    if differences:
-        hint = ', or --tuned=learning_rate for a sweep over it' * ('learning_rate' in found)
-        fail(f'these runs cannot be compared: {"; ".join(differences)}. '
-             f'Name folders that agree, or give --mix{hint}')
+    if not differences:
+        return []
+    hint = '; --tuned=learning_rate takes each config at its best' * ('learning_rate' in found)
+    return [f'several recipes, each with its own control; no run is compared with one of another: '
+            f'{"; ".join(differences)}{hint}']
 
 
 def variation(run):
@@ -261,7 +293,7 @@ class Row:
     name: str
     level: float  # the loss that convergence is timed to, nats per token
     settings: dict  # of all its runs
-    note: str = ''  # under --mix: what sets it apart
+    note: str = ''  # what sets its recipe apart, if there are several
     control: 'Row | None' = None  # the dense control of the same settings; a control has none
     seconds: float | None = None  # predicted for a step over --link
     tp_seconds: float | None = None  # the same with all layers tp
@@ -282,6 +314,7 @@ class Row:
         self.all_reduces = self.first.info['all_reduces']
         self.losses = {seed: run.loss for seed, run in self.runs.items()}
         self.loss = statistics.mean(self.losses.values())
+        self.called = ''  # what --labels calls it in plots
 
     @property
     def word(self):
@@ -301,7 +334,8 @@ class Row:
     @property
     def varied(self):
         """Its variation in words, ', merge mean'; '' if it has none."""
-        return ''.join(f', {key} {value}' for key, value in self.variation.items())
+        return ''.join(f', {key} {value:.4g}' if isinstance(value, float) else f', {key} {value}'
+                       for key, value in self.variation.items())
 
     @property
     def blocks(self):
@@ -315,10 +349,50 @@ class Row:
         return f'dense, weights perturbed by {self.variation["perturb"]:g}' if twin else ''
 
     @property
+    def whole(self):
+        """Whether each of its all-reduces is of the whole stream, and waited for by the next sublayer."""
+        return set(self.block_types) <= WHOLE_TYPES
+
+    @property
+    def blocking(self):
+        """The all-reduces of a forward pass that the next sublayer waits for; None if that was not noted."""
+        return self.all_reduces.get('blocking', self.all_reduces['forward'] if self.whole else None)
+
+    @property
+    def hidden(self):
+        """The other ones, which a sublayer's compute can hide; None if that was not noted."""
+        return self.all_reduces.get('hidden', 0 if self.whole else None)
+
+    @property
+    def step_bytes(self):
+        """
+        Of the residual stream's all-reduces in a step, forward and backward, of all its tokens, each message
+        counted once; None if an earlier version did not note it.
+        """
+        config, size = self.first.config, self.all_reduces.get('bytes_per_token')
+        if size is None and self.whole:
+            both = self.all_reduces['forward'] + self.all_reduces['backward']
+            size = both * config['n_embd'] * ITEM_BYTES[config['dtype']]
+        tokens = config['batch_size'] * config['gradient_accumulation_steps'] * config['block_size']
+        return None if size is None else size * tokens
+
+    @property
+    def counted(self):
+        """
+        What it communicates, for a plot or a list: the guide's count, or what was observed if that does not
+        fit, as with hidden all-reduces or those of a share of the channels.
+        """
+        if self.whole:
+            return str(self.communications)
+        hidden = f', {self.hidden} hidden' if self.hidden else ''
+        size = '' if self.step_bytes is None else f', {self.step_bytes / 1e6:.4g} MB'
+        return f'{self.all_reduces["forward"]} all-reduces{hidden}{size}'
+
+    @property
     def label(self):
         """A few words for a plot."""
-        words = f'{self.communications}: {pattern(self.block_types)}, tp_size {self.tp_size}{self.varied}'
-        return ('dense control' if self.dense else self.twin or words) + self.note
+        words = f'{self.counted}: {pattern(self.block_types)}, tp_size {self.tp_size}{self.varied}'
+        return self.called or ('dense control' if self.dense else self.twin or words) + self.note
 
     @property
     def title(self):
@@ -339,7 +413,7 @@ class Row:
 
 
 def by_note(rows):
-    """The rows of each recipe that --mix mixed: {note: rows}."""
+    """The rows of each recipe: {note: rows}."""
     recipes = {}
     for row in rows:
         recipes.setdefault(row.note, []).append(row)
@@ -511,7 +585,8 @@ def subject(runs):
     return ', '.join([
         distinct(f'{corpus["corpus"]}, {TOKENS.get(corpus["tokenizer"], corpus["tokenizer"])} tokens'
                  for corpus in corpora),
-        distinct(f'{run.config["max_iters"]:,}' for run in runs) + ' steps',
+        distinct(('' if run.at is None else f'step {run.at:,} of ') + f'{run.config["max_iters"]:,}'
+                 for run in runs) + ' steps',
         distinct(f'{size:.0f}M' if size >= 10 else f'{size:.2f}M' for size in sizes) + ' parameters'])
 
 

@@ -40,6 +40,16 @@ def seeds_to_run(n, tuned):
     return ','.join(map(str, islice((seed for seed in count(1) if seed not in used), n)))
 
 
+def pairing(row, seeds):
+    """The command that trains what a row lacks of a dense control, which sweep.py adds to a config."""
+    out, flags = row.first.folder.parent, dict(seed=','.join(seeds))
+    if row.tp_size > 1:
+        flags |= dict(tp_size=row.tp_size)
+    if (row.first.folder / 'run.json').exists() and str(out) != 'out':
+        flags |= dict(out=shlex.quote(str(out)))
+    return sweep(row, **flags)
+
+
 def open_questions(found, command):
     """What these runs cannot answer, as Opens, the most important first. command: that of this comparison."""
     rows, listed = found.rows, []
@@ -82,5 +92,5 @@ def open_questions(found, command):
                            else 'the sweet spot on a given link', f'{command} --link=25,30'))
     if not any('widths' in trend.regressors for trend in found.trends):
         width = 2 * dense.first.config['n_embd']
-        listed.append(Open('the trend with width', sweep(dense, ALL, n_embd=width) + '; compare.py --mix'))
+        listed.append(Open('the trend with width', sweep(dense, ALL, n_embd=width)))
     return listed

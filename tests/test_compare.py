@@ -20,7 +20,7 @@ from analysis.findings import find_all
 from analysis.verdicts import additive_spread
 from configurator import ROOT, pattern
 from toy_runs import wandb_records
-from training.logger import CHARTS, TRACKED
+from training.logger import TRACKED, as_charts
 from written_runs import (
     DENSE,
     PARALLEL,
@@ -28,6 +28,7 @@ from written_runs import (
     by_count,
     compare_all,
     csv_lines,
+    found_under,
     logged,
     refused,
     rows_under,
@@ -87,7 +88,8 @@ def test_pairs_are_of_one_seed(tmp_path):
     row = table(tmp_path)[4]
     assert runs.to_dense(row) == runs.Estimate(0.5, None, 1)
     assert compare.missing_notes([row], [], []) == [
-        'spd x 4 (tp_size 4): no dense control of seed 3, not in its difference',
+        'spd x 4 (tp_size 4): no dense control of seed 3, not in its difference; this trains it: '
+        f'python sweep.py --seed=3 --tp_size=4 --out={tmp_path}',
         'val losses are means over different seeds: compare the differences, not the losses']
     assert plots.height(row) == row.control.loss + 0.5
 
@@ -153,16 +155,24 @@ def test_a_damaged_run_json_is_refused(tmp_path, text):
     (dict(batch_size=6), 'windows per step is '),
     (dict(corpus=dict(val_sha256='cd')), 'corpus val_sha256 is '),
 ])
-def test_mixed_runs_are_refused(tmp_path, capsys, no_plots, other, difference):
+def test_recipes_are_shown_one_by_one(tmp_path, capsys, no_plots, other, difference):
     write_run(tmp_path, 'dense', {1: 2.0}, tp_size=1)
-    write_run(tmp_path, '4comm', {1: 2.5}, SPD, **other)
-    message = refused(tmp_path, '--out', tmp_path / 'cmp')
-    assert difference in message and '4comm-seed1' in message and 'dense-seed1' in message
-    assert message.count(' is ') == 1  # nothing else differs
-    assert ('--tuned=learning_rate' in message) == ('learning_rate' in other)
-    compare_all(tmp_path, '--mix')
-    # none of its own recipe and corpus
-    assert 'no dense control among these runs' in capsys.readouterr().out
+    write_run(tmp_path, '4comm', {1: 2.5}, SPD, info=dict(argv=['config/train_gpt2_12comm.py']), **other)
+    lines = csv_lines(compare_all(tmp_path))
+    out = capsys.readouterr().out
+    note, = [line for line in out.splitlines() if line.startswith('several recipes, each with its own')]
+    assert difference in note and '4comm-seed1' in note and 'dense-seed1' in note
+    assert note.count(' is ') == 2  # nothing else differs: "no run is compared", and the difference
+    assert ('--tuned=learning_rate' in note) == ('learning_rate' in other)
+    # a first line for each; the run without a control comes with the command that would pair it
+    first = out.partition('\n\n')[0].splitlines()
+    assert len(first) == 2 and all(line.startswith('No answer (') for line in first)
+    assert sorted(line.rpartition(': ')[2] for line in first) == [
+        'no tensor-parallel run has finished beside its dense control',
+        'there is no dense control among these runs']
+    command = f'python sweep.py config/train_gpt2_12comm.py --seed=1 --tp_size=4 --out={tmp_path}'
+    assert f'this trains it: {command}' in out
+    assert [line['difference'] for line in lines] == ['', '']
 
 
 def test_runs_whose_recipe_is_the_same_compare(tmp_path):
@@ -267,7 +277,7 @@ def test_plots_are_the_same_byte_for_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, 'PLOTS', dict(a=plots.plot_tradeoff, b=plots.plot_differences))
     for name in ('one', 'other'):
         (tmp_path / name).mkdir()
-        plots.draw_all(rows_under(tmp_path / 'out'), tmp_path / name)
+        plots.draw_all(found_under(tmp_path / 'out'), tmp_path / name)
     for file in ('a.svg', 'a.png', 'b.svg'):
         assert (tmp_path / 'one' / file).read_bytes() == (tmp_path / 'other' / file).read_bytes()
 
@@ -283,8 +293,8 @@ def test_every_plot_draws_many_configs(tmp_path):
         for name in names:
             types, merge = kinds[name]
             write_run(tmp_path / 'out', f'{name}{width}', shifted(0, 0.1, 0.2), types, merge=merge, **size)
-    rows = rows_under(tmp_path / 'out', predict=by_count)
-    assert plots.draw_all(rows, tmp_path).keys() == plots.PLOTS.keys() - {'tokens_per_sec', 'tuning'}
+    found = found_under(tmp_path / 'out', predict=by_count)
+    assert plots.draw_all(found, tmp_path).keys() == plots.PLOTS.keys() - {'tokens_per_sec', 'tuning'}
 
 
 @pytest.mark.parametrize('block_types, short', [
@@ -334,7 +344,7 @@ class StandIn:
         for folder in sorted(self.root.iterdir()):
             info = json.loads((folder / 'run.json').read_text())
             lines = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
-            charts = [{CHARTS.get(key, key): value for key, value in line.items()} for line in lines]
+            charts = list(map(as_charts, lines))
             reduced = {f'all_reduces_{way}': n for way, n in info['all_reduces'].items()}
             config = {key: info[key] for key in TRACKED & info.keys()} | info['config'] | reduced
             config = {key: value for key, value in config.items() if key not in self.lacking}

@@ -164,15 +164,19 @@ def test_comparisons_are_of_rows_that_differ_in_one_thing(tmp_path):
     assert [(one.kind, one.first.name, one.second.name, round(one.difference.mean, 4), one.verdict)
             for one in found.comparisons] == [
         ('placement', 'mixed', 'first', -0.041, 'lower'), ('merge', 'mean', 'mixed', 0.02, 'higher'),
-        ('sync', 'attn', 'mixed', 0.01, 'higher'), ('tp_size', 'many', 'other', 0.0, 'identical')]
-    tested = [one for one in found.comparisons if one.p is not None]
-    # two-sided t of the recipe's spread, times 3, 2, 1 from the smallest on
-    smallest, middle, largest = sorted(tested, key=lambda one: one.p)
-    assert smallest.p_holm == pytest.approx(3 * smallest.p) and largest.p_holm >= middle.p_holm
+        ('sync', 'attn', 'mixed', 0.01, 'higher'), ('tp_size', 'many', 'other', 0.0, 'identical'),
+        # all others with 6 all-reduces over 4 ranks
+        ('equal', 'first', 'attn', 0.031, 'higher'), ('equal', 'first', 'mean', 0.021, 'higher'),
+        ('equal', 'attn', 'mean', -0.01, 'lower')]
+    tested = sorted((one for one in found.comparisons if one.equal), key=lambda one: one.p)
+    # two-sided t of the recipe's spread, times 6, 5 ... from the smallest on
+    smallest, *_, largest = tested
+    assert len(tested) == 6 and smallest.p_holm == pytest.approx(6 * smallest.p)
+    assert largest.p_holm >= tested[-2].p_holm
     error = found.rows[0].spread.error(3)
     assert largest.p == pytest.approx(2 * t.sf(0.01 / error, found.rows[0].spread.df))
     assert answers.pairs(found, 'merge')[0].startswith(
-        '[tp, spd] x 2 (tp_size 4, merge mean) minus [tp, spd] x 2 (tp_size 4): +0.0200')
+        '[tp, spd] x 2 (tp_size 4, merge mean) minus [tp, spd] x 2 (tp_size 4), both with 6 all-reduces: +0')
     assert answers.pairs(found, 'other') == []
 
 

@@ -20,6 +20,41 @@ from training.distributed import peak_flops
 # of run.json, beside the config: what dashboards filter and plot by
 TRACKED = {'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus'}
 CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}  # W&B's names, if they are not ours
+LISTS = 'drift', 'drift_cosine'  # the keys whose values are lists over the sublayers
+
+
+def as_charts(line):
+    """
+    A line of metrics under W&B's names. A list, which has no chart, becomes an entry for each sublayer:
+    drift/03 attention, drift/03 mlp ..., drift/12 end. from_charts() is the inverse.
+    """
+    charts = {}
+    for key, value in line.items():
+        if isinstance(value, list):
+            charts |= {f'{key}/{sublayer(i, len(value))}': item for i, item in enumerate(value)}
+        else:
+            charts[CHARTS.get(key, key)] = value
+    return charts
+
+
+def sublayer(i, n):
+    """The name of sublayer i among n: attention and MLP of each layer in turn, then the end of the model."""
+    part = 'end' if i == n - 1 else ('attention', 'mlp')[i % 2]
+    return f'{i // 2:0{len(str(n // 2))}d} {part}'
+
+
+def from_charts(logged):
+    """What W&B has of a line, under the names of metrics.jsonl. W&B may leave out what is None."""
+    keys, line, lists = {chart: key for key, chart in CHARTS.items()}, {}, {}
+    for chart, value in logged.items():
+        key, slash, place = chart.partition('/')
+        if slash and key in LISTS:
+            layer, part = place.split(' ')
+            lists.setdefault(key, {})[2 * int(layer) + (part == 'mlp')] = value
+        else:
+            line[keys.get(chart, chart)] = value
+    last = max((i for own in lists.values() for i in own), default=0)
+    return line | {key: [own.get(i) for i in range(last + 1)] for key, own in lists.items()}
 
 
 def finite(value):
@@ -53,6 +88,14 @@ def readable(config):
     return lines
 
 
+def tags(config, info):
+    """What to filter a project's runs by: the count, the block types, the ranks and how they are held."""
+    if config.tp_size == 1:
+        return ['one rank', *sorted(set(config.block_types))]
+    return [f'{info["communications"]} communications', *sorted(set(config.block_types)),
+            f'tp_size {config.tp_size}', 'sharded' if config.shard else 'simulated']
+
+
 class Log:
     """Does nothing except on rank 0."""
 
@@ -63,6 +106,7 @@ class Log:
         """
         self.world, self.info, self.config, self.wandb = world, info, config, None
         self.timed = []  # seconds of each step since the last line
+        self.alerted = set()
         if not world.rank0:
             return
         self.bar = tqdm(total=config.max_iters, initial=state.iter, unit='step',
@@ -104,8 +148,7 @@ class Log:
         except OSError as error:  # what could not be written stays buffered, and goes with a later line
             self.say(f'warning: metrics.jsonl cannot be written now: {error}')
         if self.wandb:
-            charts = {CHARTS.get(key, key): value for key, value in line.items()}
-            self.guard_wandb(lambda: self.wandb.log(charts))
+            self.guard_wandb(lambda: self.wandb.log(as_charts(line)))
 
     def step(self, state, loss, norm, lr):
         """A log line: the last step's loss, gradient norm and rate, and the speed since the line before."""
@@ -129,6 +172,8 @@ class Log:
         self.write(iter=state.iter, val_loss=state.val_loss, val_tokens=tokens, **extras)
         note = ' (best)' if best else ''
         self.say(f'step {state.iter}: val loss {state.val_loss:.4f} over {tokens:,} tokens{note}')
+        if not math.isfinite(state.val_loss):
+            self.alert('diverged', f'its validation loss is {state.val_loss} at step {state.iter}')
 
     def progress(self, step, total, words):
         """How far the run is: on the bar if there is one, else as a line."""
@@ -147,7 +192,17 @@ class Log:
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
 
+    def alert(self, what, text):
+        """A message by W&B to whoever follows the run; the first of a kind only."""
+        if self.world.rank0 and self.wandb and what not in self.alerted:
+            self.alerted.add(what)
+            self.guard_wandb(lambda: self.wandb.alert(title=f'{self.info["name"]} {what}', text=text))
+
     def close(self, exit_code):
+        if exit_code == 0:
+            self.alert('finished', f'validation loss {self.info["val_loss"]}, in {self.config.out_dir}')
+        else:
+            self.alert('stopped', f'exit status {exit_code}; --init_from=resume continues it')
         if self.world.rank0:
             self.bar.close()
             try:
@@ -167,7 +222,8 @@ class Log:
         tracked = {key: value for key, value in info.items() if key in TRACKED} | info['config'] | reduced
         settings = dict(
             project=config.wandb_project, name=config.wandb_run_name, config=tracked, dir=config.out_dir,
-            id=wandb_id, resume='allow', group=info['corpus']['name'], job_type='train')
+            id=wandb_id, resume='allow', group=info['corpus']['name'], job_type='train',
+            tags=tags(config, info))
         try:
             import wandb
             try:

@@ -1,0 +1,177 @@
+"""
+The plots of how training went, a panel for each row; plots.py has those of the answer.
+
+Each plot_* function takes the Findings and a Sheet and returns a figure, or None if there is nothing to show.
+"""
+
+import math
+import statistics
+
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from analysis.figures import REPORT, draw, figure, forest_height, loss_unit, panels, short_label
+from analysis.findings import drift_of, largest_drift
+from analysis.runs import simulated, to_dense
+
+POINTS = 100  # of a line, at most: enough for a panel, and the file stays small
+
+
+def smooth(values, width):
+    """Centred moving mean over 2 width + 1 values; the window shrinks at the ends."""
+    return [statistics.mean(values[max(0, i - width): i + width + 1]) for i in range(len(values))]
+
+
+def thinned(points):
+    """At most POINTS of a list, the last among them."""
+    every = max(1, math.ceil(len(points) / POINTS))
+    return points[(len(points) - 1) % every::every]
+
+
+def highest(points):
+    """At most POINTS of a curve [(step, value)]: the highest of each window, so that no peak is lost."""
+    every = max(1, math.ceil(len(points) / POINTS))
+    return [max(points[i:i + every], key=lambda point: point[1]) for i in range(0, len(points), every)]
+
+
+def train_curve(run):
+    """A run's training loss, smoothed: [(step, loss)]."""
+    losses = run.series('train_loss')
+    return thinned(list(zip(losses, smooth(list(losses.values()), len(losses) // 40))))
+
+
+def val_curve(run):
+    return thinned(run.val_losses)
+
+
+def mean_curve(curves):
+    """The mean of curves [(step, value)] at the steps that all of them have, as a curve."""
+    curves = [dict(curve) for curve in curves]
+    return [(step, statistics.mean(curve[step] for curve in curves)) for step in (curves[0] if curves else [])
+            if all(step in curve for curve in curves)]
+
+
+def controls(row):
+    """The runs of a row's dense control, which for a control is itself, of the row's seeds."""
+    control = row if row.dense else row.control
+    return [run for seed, run in control.runs.items() if seed in row.runs] if control else []
+
+
+def plot_curves(found, sheet=REPORT):
+    """Training loss of each run, smoothed, and mean validation loss as dots; the dense control is grey."""
+    rows = found.rows
+    fig, axes = panels(rows, 'Training curves: lines are train loss of each run, smoothed; dots are mean '
+                       'validation loss; grey is dense', f'loss ({loss_unit(rows)})', sheet)
+    settled = []  # what the panels must show; the first descent would flatten the rest
+    for ax, row in zip(axes, rows):
+        draw(ax, mean_curve(map(train_curve, controls(row))), color='0.7', linewidth=2.5)
+        for run in row.runs.values():
+            curve = train_curve(run)
+            draw(ax, curve, color='black', linewidth=0.5, alpha=0.7)
+            settled += [loss for step, loss in curve if step >= 0.2 * (run.at or run.config['max_iters'])]
+        draw(ax, mean_curve([val_curve(run) for run in row.runs.values()]), 'o', color='black', markersize=3)
+        settled += row.losses.values()
+    margin = 0.05 * (max(settled) - min(settled)) or 0.1
+    axes[0].set_ylim(min(settled) - margin, max(settled) + margin)
+    return fig
+
+
+def plot_difference_curves(found, sheet=REPORT):
+    """Validation loss minus dense by step: thin lines are seeds, dots their mean."""
+    shown = [row for row in found.rows if to_dense(row)]
+    if not shown:
+        return None
+    fig, axes = panels(shown, 'Validation loss minus the dense control of the same seed: thin lines are '
+                       'seeds, dots their mean', f'difference ({loss_unit(shown)})', sheet)
+    for ax, row in zip(axes, shown):
+        seeds = []
+        for seed, run in row.runs.items():
+            if seed in row.control.runs:
+                dense = dict(val_curve(row.control.runs[seed]))
+                seeds.append([(step, loss - dense[step]) for step, loss in val_curve(run) if step in dense])
+                draw(ax, seeds[-1], color='0.5', linewidth=0.6)
+        draw(ax, mean_curve(seeds), 'o-', color='black', markersize=3, linewidth=1)
+        ax.axhline(0, color='black', linewidth=0.5)
+    return fig
+
+
+def plot_stability(found, sheet=REPORT):
+    """Every run's gradient norm by step before clipping, its loss spikes as triangles; dense is grey."""
+    shown = [row for row in found.rows if any(run.series('grad_norm') for run in row.runs.values())]
+    if not shown:
+        return None
+    fig, axes = panels(shown, 'Stability: gradient norm of each run before clipping; a triangle is a loss '
+                       'spike; grey is dense', 'gradient norm', sheet)
+    axes[0].set_yscale('log')
+    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
+    axes[0].minorticks_off()
+    for ax, row in zip(axes, shown):
+        norms = mean_curve(run.series('grad_norm').items() for run in controls(row))
+        draw(ax, thinned(norms), color='0.7', linewidth=2.5)
+        for run in row.runs.values():
+            norms = run.series('grad_norm')
+            draw(ax, highest(list(norms.items())), color='black', linewidth=0.5, alpha=0.7)
+            draw(ax, [(step, norms[step]) for step in run.spikes if step in norms], 'v', color='black',
+                 markersize=5)
+    return fig
+
+
+def plot_speed(found, sheet=REPORT):
+    """Tokens per second of each row, as bars; a stroke for each run."""
+    shown = [row for row in found.rows if row.mean(lambda run: run.tokens_per_sec)]
+    if not shown:
+        return None
+    names = [sheet.wrap(short_label(row, shown) if sheet.paper else row.label, 4 if sheet.paper else 2.75)
+             for row in shown]
+    fig, (ax,) = figure(shown, 'Training speed', sheet, sheet.size(8, forest_height(names, sheet)))
+    speeds = [row.mean(lambda run: run.tokens_per_sec) for row in shown]
+    ax.barh(range(len(shown)), speeds, height=0.65, color='0.8', edgecolor='black', linewidth=0.7)
+    for y, (row, speed) in enumerate(zip(shown, speeds)):
+        own = list(row.values(lambda run: run.tokens_per_sec).values())
+        ax.plot(own, [y] * len(own), '|', color='black', markersize=7)
+        ax.annotate(f'{speed:,.0f}', (max(own), y), xytext=(6, 0), textcoords='offset points', va='center',
+                    fontsize=7)
+    ax.set_yticks(range(len(shown)), names, fontsize=7)
+    ax.set_ylim(len(shown) - 0.4, -0.6)
+    ax.margins(x=0.3 if sheet.paper else 0.12)
+    ax.xaxis.set(major_locator=MaxNLocator(3 if sheet.paper else 8), major_formatter='{x:,.0f}')
+    ax.grid(visible=False, axis='y')
+    caveat = ' (simulated ranks: no communication is saved)' if simulated(found.rows) else ''
+    ax.set_xlabel(sheet.wrap(f'tokens per second, a stroke for each run{caveat}', 5))
+    return fig
+
+
+def drift_panels(found, sheet, title, unit, which):
+    """
+    (figure, axes) of the first or second list of drift_of(), mean over runs, against depth; (None, []) if
+    nothing drifts. A sublayer that reads a replicated stream has no point.
+    """
+    measured = {row: list(row.values(drift_of).values()) for row in found.rows
+                if row.mean(largest_drift)}
+    if not measured:
+        return None, []
+    fig, axes = panels(list(measured), title, unit, sheet,
+                       'depth in layers: what attention reads at whole numbers, what the MLP reads at halves')
+    for ax, runs in zip(axes, measured.values()):
+        means = [statistics.mean(values) if all(values) else math.nan
+                 for values in zip(*(run[which] for run in runs))]
+        ax.plot([i / 2 for i in range(len(means))], means, 'o-', color='black', markersize=2.5, linewidth=0.8)
+    return fig, axes
+
+
+def plot_drift(found, sheet=REPORT):
+    """How far apart the ranks' streams are that each sublayer reads, against depth."""
+    fig, axes = drift_panels(found, sheet, 'Drift at the last evaluation, of the streams that a sublayer '
+                             'reads', '||d_r|| / ||c||', 0)
+    for ax in axes[:1]:
+        ax.set_yscale('log')
+        ax.yaxis.set(major_formatter='{x:g}')
+        ax.minorticks_off()
+    return fig
+
+
+def plot_drift_cosine(found, sheet=REPORT):
+    """Whether the ranks' streams drift the same way, against depth: the cosine of d_r and d_s."""
+    fig, axes = drift_panels(found, sheet, "Cosine of two ranks' drifts at the last evaluation", 'cosine', 1)
+    for ax in axes:
+        ax.axhline(0, color='black', linewidth=0.5)
+    return fig
