@@ -304,6 +304,7 @@ def warn_nonfinite(bad_steps, loss, norm, lr, state, scaled, config, log):
     log.say(f'warning: {what}; this step updated nothing')
     # float16's loss scale starts too high on purpose, and comes down by such steps
     if bad_steps == (25 if scaled else 5):
+        log.alert('diverged', what)
         fail(f'{what}, the {bad_steps}th step in a row without a finite gradient; try a lower '
              f'--learning_rate or --grad_clip=1.0; the checkpoints in {config.out_dir} are intact')
 
