@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ import torch.distributed as dist
 
 from configurator import ROOT, load
 from model import GPT, GPTConfig, TPGroup
+from toy_runs import ALONE
+from train import compiled
 from training.distributed import find_world, lay_out
 
 SMALL = ['config/train_gpt2_8comm.py', 'config/cpu.py', '--n_layer=4', '--max_iters=8', '--eval_interval=4',
@@ -126,21 +130,28 @@ def all_reduces(call):
     return sum(event.count for event in profile.key_averages() if event.key == 'gloo:all_reduce')
 
 
-def test_a_compiled_shard_has_the_gradients_and_all_reduces_of_the_eager_one(tmp_path):
-    """The other rank's part is missing from both: the process reduces over a group of itself."""
+def test_a_compiled_shard_has_the_gradients_and_all_reduces_of_the_eager_one(tmp_path, monkeypatch):
+    """
+    The other rank's part is missing from both: the process reduces over a group of itself.
+
+    torch 2.11 compiles wrong gradients here; the start of a run notices, and goes on eagerly.
+    """
     torch.manual_seed(0)
     dense = GPT(GPTConfig(block_size=6, vocab_size=32, n_layer=2, n_head=2, n_embd=8, bias=True,
                           block_types=['parallel', 'spd']))
-    idx = torch.randint(32, (3, 6))
+    idx, warnings = torch.randint(32, (3, 6)), []
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager', fullgraph=True))
     dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
     try:
         eager, shard = (dense.shard(TPGroup(2, 1, dist.group.WORLD)) for _ in range(2))
-        compiled = torch.compile(shard, backend='aot_eager', fullgraph=True)
+        config = SimpleNamespace(block_size=6, dropout=0.0, dtype='float32')
+        model = compiled(shard, 3, config, ALONE, warnings.append)
         # two of the stream, one of the head backward, two of the cross-entropy forward
         assert all_reduces(lambda: eager(idx, idx)[1].backward()) == 5
-        assert all_reduces(lambda: compiled(idx, idx)[1].backward()) == 5
+        assert all_reduces(lambda: model(idx, idx)[1].backward()) == 5
     finally:
         dist.destroy_process_group()
+    assert not warnings or torch.__version__ < '2.12' and 'loss and gradient norm are' in warnings[0]
     for name, p in eager.named_parameters():
         torch.testing.assert_close(shard.get_parameter(name).grad, p.grad, msg=name)
 
