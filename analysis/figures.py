@@ -17,6 +17,7 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from analysis.runs import TOKENS, subject
 
@@ -48,12 +49,16 @@ class Sheet:
 
     def wrap(self, text, inches):
         """Text broken into lines that fit into so many inches of the report, or their share of a paper."""
-        share = inches * self.width / 8 if self.paper else inches
-        bound = text.replace(' x ', '\xa0x\xa0')  # the spaces of a pattern's 'x 12' are no place to break
-        return '\n'.join(textwrap.wrap(bound, max(14, int(CHARACTERS * share))))
+        return wrapped(text, inches * self.width / 8 if self.paper else inches)
 
 
 REPORT = Sheet()
+
+
+def wrapped(text, inches):
+    """Text of 7 points broken into lines that fit into so many inches."""
+    bound = text.replace(' x ', '\xa0x\xa0')  # the spaces of a pattern's 'x 12' are no place to break
+    return '\n'.join(textwrap.wrap(bound, max(14, int(CHARACTERS * inches))))
 
 
 # panels
@@ -92,7 +97,7 @@ def panels(rows, title, unit, sheet, below='step (updates made)', seeds=None):
     fig, axes = figure(rows, title, sheet, size, len(rows), columns, seeds, sharex=True, sharey=True)
     for i, (ax, row) in enumerate(zip(axes, rows)):
         name = short_label(row, rows) if sheet.paper else row.label
-        ax.set_title('\n'.join(textwrap.wrap(name, int(CHARACTERS * room))), fontsize=7)
+        ax.set_title(wrapped(name, room), fontsize=7)
         ax.tick_params(labelsize=7, labelbottom=i + columns >= len(rows))
     axes[0].xaxis.set_major_locator(MaxNLocator(4 if room > 1.5 else 2, integer=True))
     fig.supxlabel(sheet.wrap(below, 8), fontsize=8)
@@ -115,6 +120,15 @@ def loss_unit(rows):
 def draw(ax, curve, *line, **style):
     if curve:
         ax.plot(*zip(*curve), *line, **style)
+
+
+def legend_below(ax, sheet, **options):
+    """A legend under the axes and their label, where it hides nothing."""
+    names = [name.get_text() for name in ax.get_xticklabels()] + ['']
+    lines = max(name.count('\n') for name in names) + ax.get_xlabel().count('\n')
+    down = ScaledTranslation(0, -0.5 - 0.14 * lines, ax.figure.dpi_scale_trans)  # inches
+    usual = dict(loc='upper center', bbox_to_anchor=(0.5, 0), ncols=1 if sheet.paper else 2)
+    ax.legend(fontsize=7, title_fontsize=7, bbox_transform=ax.transAxes + down, **usual | options)
 
 
 # means with their intervals, one below the other

@@ -7,9 +7,10 @@ colour alone. If there may be many configs, each gets a panel or a line of its o
 """
 
 import math
-import textwrap
 from collections import Counter
 from typing import NamedTuple
+
+from matplotlib.ticker import LogLocator
 
 from analysis.answers import asked, at_equal
 from analysis.figures import (
@@ -21,12 +22,14 @@ from analysis.figures import (
     finish_forest,
     forest_height,
     group_heights,
+    legend_below,
     loss_unit,
     panels,
     seed_differences,
     settings,
     short_label,
     strokes,
+    wrapped,
     write_figure,
 )
 from analysis.findings import (
@@ -53,7 +56,8 @@ from analysis.training_plots import (
 )
 from configurator import pattern
 
-MARKERS, LINES = 'osD^vP*X<>', ('-', '--', '-.', ':')
+# the last ones are stars of 4, 3, 6 and 3 points
+MARKERS, LINES = [*'osD^vP*X<>dph', (4, 1, 0), (3, 1, 0), (6, 1, 0), (3, 1, 180)], ('-', '--', '-.', ':')
 FILLS = 'full', 'left', 'bottom', 'right', 'top'
 
 # loss against communications
@@ -160,10 +164,7 @@ def draw_tradeoff(ax, rows, sheet):
     if sets:
         mark_counts(ax, [row for one in sets for row in one.rows], observed, sheet)
     mark_references(ax, rows)
-    # below the axes, where it hides nothing
-    ax.legend(fontsize=7, title=sheet.wrap('dense plus the paired difference; bars: its 95% interval', 8),
-              title_fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.2 if not sheet.paper else -0.3),
-              ncols=1 if sheet.paper else 2)
+    legend_below(ax, sheet, title=sheet.wrap('dense plus the paired difference; bars: its 95% interval', 7))
 
 
 def places(sets, observed):
@@ -325,9 +326,9 @@ def plot_placement(found, sheet=REPORT):
     for kind, (marker, label) in kinds.items():
         if any(one.kind == kind for one in shown):
             ax.plot([], [], marker, color='black', label=label)
-    ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(0.3, -0.7 / fig.get_figheight()))
     ax.set_xlabel(sheet.wrap(f'difference in validation loss ({loss_unit(found.rows)}), paired by seed, mean '
                              'and 95% interval', 5))
+    legend_below(ax, sheet, ncols=1, loc='upper right', bbox_to_anchor=(1, 0))
     return fig
 
 
@@ -380,10 +381,10 @@ def draw_pareto(ax, rows, sheet):
     ax.axhline(0, color='black', linewidth=0.8)
     if max(times) > 8 * min(times):
         ax.set_xscale('log')
-        ax.xaxis.set(major_formatter='{x:g}')
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
+        ax.minorticks_off()
     ax.set_xlabel(sheet.wrap('predicted milliseconds a step; numbers: communications', 6))
-    ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.2 if not sheet.paper else -0.3),
-              ncols=1 if sheet.paper else 2)
+    legend_below(ax, sheet)
 
 
 # loss against width, and against the tuned key
@@ -418,7 +419,7 @@ def plot_width(found, sheet=REPORT):
         ax.minorticks_off()
         ax.set_xticks([*trend.widths, FULL_WIDTH], [*map(str, trend.widths), str(FULL_WIDTH)])
         name = trend.rows[0].called or f'{trend.rows[0].counted}: {trend.name}'
-        ax.set_title('\n'.join(textwrap.wrap(name, 22 if sheet.paper else 44)), fontsize=7)
+        ax.set_title(wrapped(name, 1.4 if sheet.paper else 2.7), fontsize=7)
     fig.supxlabel(sheet.wrap('n_embd; a line for each seed; diamond: its 95% prediction interval for a new '
                              'seed', 8), fontsize=8)
     fig.supylabel(f'difference ({loss_unit(found.rows)})', fontsize=8)

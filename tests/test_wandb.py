@@ -12,6 +12,7 @@ import pytest
 
 from toy_runs import TINY, info, metrics, run, start, stop_at, terminate, wandb_records
 from training import checkpoint
+from training.logger import as_charts, from_charts
 
 pytestmark = pytest.mark.usefixtures('corpus')
 
@@ -55,6 +56,39 @@ def test_wandb_without_a_key_warns_once_and_keeps_the_run_offline(tmp_path):
     assert [line['iter'] for line in wandb_history(path)[1]] == [0, 1, 2, 3, 3]
 
 
+def test_lists_are_charts_of_their_sublayers_and_come_back_from_them():
+    line = dict(iter=3, val_loss=2.0, drift=[0.0, 0.1, 0.2, 0.3, 0.4],
+                drift_cosine=[None, None, 0.5, 0.6, 0.7])
+    charts = as_charts(line)
+    assert list(charts) == [
+        'iter', 'val/loss', *(f'{key}/{place}' for key in ('drift', 'drift_cosine') for place in (
+            '0 attention', '0 mlp', '1 attention', '1 mlp', '2 end'))]
+    assert from_charts(charts) == line
+    assert from_charts({key: value for key, value in charts.items() if value is not None}) == line
+    deep = as_charts(dict(drift=[0.0] * 25))
+    assert list(deep) == sorted(deep) and 'drift/03 mlp' in deep
+
+
+def test_a_run_has_tags_and_alerts_at_its_end_and_if_it_diverges(tmp_path, monkeypatch):
+    calls = []
+
+    class Recorder:
+        id = 'abc'
+
+        def __getattr__(self, name):
+            return lambda *args, **kw: calls.append((name, kw)) or self
+
+    monkeypatch.setitem(sys.modules, 'wandb', Recorder())
+    assert run(tmp_path / 'a', *TINY, '--wandb_log=True', '--max_iters=2') == 0
+    tags = next(kw['tags'] for name, kw in calls if name == 'init')
+    assert tags == ['6 communications', 'parallel', 'spd', 'tp', 'tp_size 2', 'simulated']
+    assert [kw['title'] for name, kw in calls if name == 'alert'] == ['gpt2-12comm-cpu finished']
+    calls.clear()
+    monkeypatch.setattr('train.train_step', lambda *args, **kw: (float('nan'), float('nan'), False))
+    assert 'without a finite gradient' in run(tmp_path / 'b', *TINY, '--wandb_log=True')
+    assert [kw['title'] for name, kw in calls if name == 'alert'] == ['gpt2-12comm-cpu diverged']
+
+
 class FailingWandb:
     """Stands in for the module and for its run; the call named `fails` raises `error`."""
     id = 'abc'
@@ -72,7 +106,7 @@ class FailingWandb:
 
 @pytest.mark.parametrize('fails, error', [
     ('login', RuntimeError()), ('init', OSError('no\nnetwork')), ('define_metric', RuntimeError()),
-    ('log', OSError('no\nnetwork')), ('finish', RuntimeError())])
+    ('log', OSError('no\nnetwork')), ('alert', RuntimeError()), ('finish', RuntimeError())])
 def test_training_outlives_wandb(tmp_path, monkeypatch, capsys, fails, error):
     monkeypatch.setitem(sys.modules, 'wandb', FailingWandb(fails, error))
     assert run(tmp_path, *TINY, '--wandb_log=True', '--max_iters=3') == 0
