@@ -29,7 +29,7 @@ def parse_args(argv):
     parser.add_argument('--device', help='default: cuda if there is one, else cpu')
     parser.error = lambda message: fail(f'{message}; see python sample.py --help')
     args = parser.parse_args(argv)
-    for key, fits, wanted in (('temperature', 0 < args.temperature < math.inf, 'above 0'),
+    for key, fits, wanted in (('temperature', 1e-3 <= args.temperature < math.inf, 'at least 0.001'),
                               ('num_samples', args.num_samples >= 1, 'at least 1'),
                               ('max_new_tokens', args.max_new_tokens >= 1, 'at least 1'),
                               ('top_k', args.top_k >= 0, 'at least 0'),
@@ -80,7 +80,7 @@ def main(argv):
         tokenizer = load_tokenizer(meta)
         start = args.start
         if start.startswith('FILE:'):
-            start = Path(start.removeprefix('FILE:')).read_text()
+            start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
         prompt = tokenizer.encode(start)
     except OSError as error:
         fail(f'{error.filename}: {error.strerror}' if error.filename else str(error))

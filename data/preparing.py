@@ -14,13 +14,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from configurator import fail
 from data.corpus import TOKEN, Tokens, find_fault, open_folder
 from training.rundir import atomic_write, write_json
 
+PART = re.compile(r'(train|val)-\d{8,}\.bin')  # the name of a part
 # size of a token file per byte of text: about English's
 TOKEN_BYTES = dict(gpt2=0.5, byte=2.1)
 
@@ -201,7 +203,7 @@ def prepared_already(out, meta):
     Raises ValueError if it holds another one.
     """
     if is_prepared(out, meta):
-        shutil.rmtree(out / 'parts', ignore_errors=True)
+        remove_parts(out / 'parts')
         print(f'{out} is already prepared')
         return True
     if is_prepared(out, {}):
@@ -231,14 +233,23 @@ def parts_folder(out, meta):
             # else a file system without locks, where the caution is the user's
         plan, note = parts / 'plan.json', json.dumps(meta).encode()
         if not plan.exists() or plan.read_bytes() != note:
-            if plan.exists() and any(parts.glob('*.bin')):
+            if any(PART.fullmatch(path.name) for path in parts.iterdir()):
                 raise ValueError(f'{parts} is unfinished work of another command: delete it or change --out')
-            for path in parts.glob('*.bin'):
-                path.unlink()
             with atomic_write(plan) as file:
                 file.write(note)
         yield parts
-    shutil.rmtree(parts)
+    remove_parts(parts)
+
+
+def remove_parts(parts):
+    """Remove what a preparation keeps in this folder, and the folder itself if nothing else is in it."""
+    for path in parts.iterdir() if parts.exists() else ():
+        if PART.fullmatch(path.name) or path.name in ('plan.json', 'lock'):
+            path.unlink()
+        elif path.name == '.cache':
+            shutil.rmtree(path)  # of huggingface_hub, beside what it downloads
+    with suppress(OSError):  # what somebody else has put there stays
+        parts.rmdir()
 
 
 class Job(NamedTuple):

@@ -38,7 +38,7 @@ from data.corpus import (
     open_corpus,
 )
 from data.dataloader import TrainLoader, val_batches
-from data.preparing import Job, encode_documents, make_parts, write_corpus
+from data.preparing import Job, encode_documents, make_parts, remove_parts, write_corpus
 from data.text import prepare as text
 
 META = dict(dataset='pystdlib', corpus='numbers', source={}, tokenizer='gpt2', vocab_size=50257)
@@ -685,3 +685,15 @@ def test_own_text_in_the_data_folder_is_a_dataset():
             open_corpus(folder.name)
     finally:
         shutil.rmtree(folder)
+
+
+def test_only_parts_that_a_preparation_named_are_removed(tmp_path):
+    parts = tmp_path / 'parts'
+    parts.mkdir()
+    for name in ('train-00000000.bin', 'val-00000000.bin', 'plan.json', 'lock', 'train-00000000-mine.bin'):
+        (parts / name).write_bytes(b'')
+    remove_parts(parts)
+    assert [path.name for path in parts.iterdir()] == ['train-00000000-mine.bin']
+    (parts / 'train-00000000-mine.bin').unlink()
+    remove_parts(parts)
+    assert not parts.exists()

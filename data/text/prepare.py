@@ -21,7 +21,6 @@ import hashlib
 import io
 import json
 import lzma
-import shutil
 import sys
 import zlib
 from functools import partial
@@ -45,6 +44,7 @@ from data.preparing import (
     prepared_already,
     read_parts,
     readable_name,
+    remove_parts,
     run_script,
     write_corpus,
     write_meta,
@@ -290,7 +290,7 @@ def prepare(args):
         try:
             splits = join(paths, counts, args)
         except ValueError:
-            shutil.rmtree(parts)  # with other flags they would only be in the way
+            remove_parts(parts)  # with other flags they would only be in the way
             raise
         write_corpus(args.out, meta | dict(documents=counts), splits)
     if sum(counts.values()) == 1:
