@@ -22,7 +22,8 @@ def test_a_run_writes_on_from_a_start(undisturbed, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flag, words', [
-    ('--temperature=1e-45', '--temperature is 1e-45, it must be at least 0.001'), ('--tempreture=1', '--tempreture=1'),
+    ('--temperature=1e-45', '--temperature is 1e-45, it must be at least 0.001'),
+    ('--tempreture=1', '--tempreture=1'),
     ('--checkpoint=ckpt-first.pt', 'ckpt-first.pt: No such file'), ('--start=', '--start is empty')])
 def test_a_mistake_in_a_flag_of_sample_gets_one_line(undisturbed, flag, words):
     with pytest.raises(SystemExit) as stopped:
