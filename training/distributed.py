@@ -162,6 +162,10 @@ def joined(config, world, micro_batch):
         world = connect(config, world)
     try:
         yield world
+    except SystemExit:  # refused: what is joined is left first, see below
+        if world.processes > 1:
+            dist.destroy_process_group()
+        raise
     except torch.OutOfMemoryError:
         fail_of_memory(config, micro_batch)
     except RuntimeError as error:

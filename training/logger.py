@@ -199,11 +199,11 @@ class Log:
             self.guard_wandb(lambda: self.wandb.alert(title=f'{self.info["name"]} {what}', text=text))
 
     def close(self, exit_code):
-        if exit_code == 0:
-            self.alert('finished', f'validation loss {self.info["val_loss"]}, in {self.config.out_dir}')
-        else:
-            self.alert('stopped', f'exit status {exit_code}; --init_from=resume continues it')
         if self.world.rank0:
+            if exit_code == 0:
+                self.alert('finished', f'validation loss {self.info.get("val_loss")}, {self.config.out_dir}')
+            else:
+                self.alert('stopped', f'exit status {exit_code}; --init_from=resume continues it')
             self.bar.close()
             try:
                 self.metrics.close()
