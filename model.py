@@ -14,7 +14,7 @@ Shapes      B batch, T sequence, C n_embd, H n_head, hd C/H, V vocab_size, N = B
             D features of a sublayer per rank: C/R in attention, 4C/R in the MLP
             parts matrices stacked in one weight: 3 in c_attn (q, k, v), else 1
 Tensors     replicated  the same on every rank                             (B, T, C)
-            partial     an addend of a sum over ranks: this process's      (B, T, C)
+            partial     the sum over this process's ranks; if it simulates, already the whole sum  (B, T, C)
             drifted     each rank's own                                    (L, B, T, C)
 Stream      c    residual stream, replicated
             d_r  what rank r has added since the last sync, drifted
@@ -92,7 +92,7 @@ class FOp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # autograd has summed over the local ranks (u was broadcast to them)
-        for counter in (open_counters if ctx.kind else ()):  # kind None: not of the residual stream
+        for counter in (open_counters if ctx.kind else ()):  # kind None: the sharded loss's, not counted
             counter.append(('backward', ctx.kind, grad.numel() * ctx.dtype.itemsize))
         if not ctx.tp.simulated:
             message = grad.to(ctx.dtype, copy=True).contiguous()
@@ -147,8 +147,8 @@ def enter_stream(p, tp):
     """
     p, a replicated parameter or computed from some, as it is used in c.
 
-    A parameter's gradient through c is whole on every process; through u it is that rank's part only.
-    sum_replicated_gradients() sums either over the ranks, so the whole one is divided by R here.
+    Used in c, or after the last sync, its gradient is whole on every process; used after an f_op (LayerNorms,
+    a bias in u), that rank's part. sum_replicated_gradients() sums both, so a whole one is divided by R.
     """
     return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
@@ -250,7 +250,7 @@ class Stream(NamedTuple):
     u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
     d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r of the local ranks; None: nothing is apart
     tp: TPGroup
-    merge: str  # sum; mean, rsqrt: all of it / R, / sqrt(R); desync: d / R, the P_r of this sync summed
+    merge: str  # how sync() scales what it sums
     left: int  # sublayers still to come
     due: tuple = ()  # delayed syncs of variants.py: each is due once s.left <= its left, by enter(s)
     carry: Any = None  # whatever a block hands to a later one
@@ -267,13 +267,16 @@ class Stream(NamedTuple):
         s = self.arrive(len(products))
         for product in products:
             bias, P = product.bias(), product.per_rank().to(s.c.dtype)  # P drifted
-            # u = c + d_r is updated, bias included; rebuilt for every reader it would cost a gradient each
+            # u is kept, not recomputed as c + d_r by each reader: that would keep a gradient for every one
             s = s._replace(c=add_optional(s.c, enter_stream(bias, s.tp)), u=add_optional(s.u + P, bias),
                            d_sum=add_optional(P.sum(0), s.d_sum))
         return s
 
     def sync(self, *products, kind='blocking'):
-        """c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Free if nothing is apart."""
+        """
+        c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Free if nothing is apart.
+        merge mean and rsqrt: that sum / R, / sqrt(R); desync: sum_r (d_r / R + P_r). Biases are never scaled.
+        """
         addends = [product.sum_over_ranks() for product in products]  # partial (B, T, C) each
         if self.d_sum is not None:
             addends.append(self.d_sum / self.tp.size if self.merge == 'desync' else self.d_sum)
@@ -286,7 +289,7 @@ class Stream(NamedTuple):
         for product in products:
             c = add_optional(c, enter_stream(product.bias(), self.tp))
         u = f_op(c, self.tp, kind)
-        # a delayed sync would send nothing more: d_sum held its part
+        # the delayed ones are covered: d_sum held what they would send
         return self._replace(c=c, u=u, d_sum=None, left=self.left - len(products), due=())
 
 

@@ -49,7 +49,8 @@ def open_data(config, world):
     """
     (corpus, loader, model_config). Ends the program, in one line, if data, batch or model do not fit.
 
-    loader.micro_batch is what a backward pass takes: at most batch_size windows, so that all are equal.
+    loader.micro_batch: windows in a backward pass. A process's share of a step is cut into equal
+    micro-batches of at most batch_size.
     """
     with config.refusing():
         corpus = open_corpus(config.dataset)
@@ -96,8 +97,8 @@ def observe_all_reduces(model):
     """
     The AllReduces of one eager pass over one token.
 
-    A parameter without a gradient after this pass is one that no block uses. It is frozen, because DDP would
-    wait for its gradient.
+    A parameter without a gradient after this pass is one that no block uses (blocks of variants.py may leave
+    one out). It is frozen, because DDP would wait for its gradient.
     """
     idx = torch.zeros(1, 1, dtype=torch.long)
     with count_all_reduces() as observed:
@@ -110,8 +111,8 @@ def observe_all_reduces(model):
 
 def summary(observed, dtype):
     """
-    The AllReduces of a pass over one token in float32, for run.json: how many forward, backward, and of those
-    forward blocking and hidden; and the bytes of all, forward and backward, in dtype.
+    The AllReduces of a pass over one token in float32, for run.json: how many forward and backward; how many
+    of the forward ones are blocking and how many hidden; the bytes of all, both ways, in dtype.
     """
     size = sum(size for _, _, size in observed) * getattr(torch, dtype).itemsize // torch.float32.itemsize
     return dict(forward=observed.forward, backward=observed.backward, blocking=observed.blocking,
@@ -231,7 +232,7 @@ def train_step(net, batches, lr, config, world, stopping=False):
                 micro_loss = net.ddp_model(x, y)[1] / len(batches)
             net.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
-    net.scaler.unscale_(net.optimizer)  # scales for float16 alone, which find_world() refuses if sharded
+    net.scaler.unscale_(net.optimizer)  # does nothing but for float16, which is refused if sharded
     net.raw_model.sum_replicated_gradients()
     norm = net.raw_model.gradient_norm()
     if config.grad_clip:
@@ -325,7 +326,7 @@ def evaluation_is_due(state, config):
 def save_is_due(state, evaluated, best, saved_step, config):
     """
     At each checkpoint_interval, or without one at evaluations if always_save_checkpoint; at the best and the
-    end. A step that is saved already only if it has been evaluated since.
+    end. Never twice at one step, unless it has been evaluated since.
     """
     regular = evaluated and config.always_save_checkpoint
     if config.checkpoint_interval:
