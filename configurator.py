@@ -329,7 +329,7 @@ def differences(theirs, ours):
     return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
 
 
-def told(differences):
+def describe_changes(differences):
     """What differences() found, in words."""
     return ', '.join(f'{key} is {theirs} there, {ours} here' for key, (theirs, ours) in differences.items())
 

@@ -50,12 +50,12 @@ from configurator import (
     VARIED,
     Config,
     begin_program,
+    describe_changes,
     differences,
     fail,
     load,
     pattern,
     recipe,
-    told,
 )
 from speed.forecast import Forecast, checkpoint_bytes, describe_seeds, disk_left, duration, peak_of
 from training import rundir
@@ -253,7 +253,8 @@ def state_of(run):
     if info:
         changed = differences(info['config'], vars(run.config))
         if changed:
-            fail(f'{run.out_dir} holds another run ({told(changed)}): move it away, or choose another --out')
+            fail(f'{run.out_dir} holds another run ({describe_changes(changed)}): move it away, or choose '
+                 'another --out')
         if info['state'] == 'finished':
             return 'finished'
     if rundir.is_locked(run.out_dir):

@@ -79,7 +79,7 @@ def alive(process):
 
 
 def exit_status(process, seconds=120):
-    """Wait for a process, which must end within so many seconds."""
+    """Wait for a process, which must end within this many seconds."""
     if isinstance(process, subprocess.Popen):
         return process.wait(seconds)
     process.join(seconds)

@@ -26,13 +26,13 @@ from configurator import (
     accepts,
     communications,
     complete,
+    describe_changes,
     differences,
     fail,
     load,
     read_defaults,
     read_file,
     recipe,
-    told,
 )
 
 KEYS = read_defaults()
@@ -293,7 +293,8 @@ def test_communications_of_an_unknown_type_are_not_guessed():
 def test_differences_are_those_that_change_the_run():
     ours, theirs = (vars(load([CPU, *flags])) for flags in (
         ['--device=cuda', '--out_dir=here', '--n_embd=32'], ['--log_interval=3', '--merge=mean']))
-    assert told(differences(theirs, ours)) == 'merge is mean there, sum here, n_embd is 64 there, 32 here'
+    words = describe_changes(differences(theirs, ours))
+    assert words == 'merge is mean there, sum here, n_embd is 64 there, 32 here'
     assert differences(ours, dict(ours, compile=True)) == {}
 
 

@@ -168,7 +168,7 @@ class Log:
         self.progress(state.iter, config.max_iters, ' | '.join([*words, f'{left} left']))
 
     def evaluation(self, state, tokens, best, extras):
-        """A line for an evaluation over so many tokens. extras: further entries of the metrics line."""
+        """A line for an evaluation over `tokens` tokens. extras: further entries of the metrics line."""
         self.write(iter=state.iter, val_loss=state.val_loss, val_tokens=tokens, **extras)
         note = ' (best)' if best else ''
         self.say(f'step {state.iter}: val loss {state.val_loss:.4f} over {tokens:,} tokens{note}')

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 
-from configurator import ROOT, complete, differences, fail, told
+from configurator import ROOT, complete, describe_changes, differences, fail
 
 # a save may be interrupted between two renames; ckpt-new.pt is there for a moment, and whole
 LATEST = ('ckpt-new.pt', 'ckpt.pt', 'ckpt-previous.pt')
@@ -220,7 +220,7 @@ def claim(config):
         return f'{info["name"]} is finished: val loss {loss:.4f}, step {info["iter"]} ({out_dir})', False
     longer = finished and config.max_iters > info['iter']  # a finished run may be continued to more steps
     if changed and not (told_to and (longer or not finished)):
-        raise ValueError(f'out_dir is {out_dir}, which holds another run ({told(changed)}); '
+        raise ValueError(f'out_dir is {out_dir}, which holds another run ({describe_changes(changed)}); '
                          'choose another --out_dir')
     if saved and not resuming:
         raise ValueError(f'out_dir is {out_dir}, which holds this run unfinished; --init_from=resume goes on')
