@@ -60,7 +60,7 @@ class AllReduces(list):
     """(pass, kind, bytes) of each all-reduce of the residual stream: forward by g_op, backward by f_op."""
     forward = property(lambda self: sum(way == 'forward' for way, _, _ in self))
     backward = property(lambda self: sum(way == 'backward' for way, _, _ in self))
-    hidden = property(lambda self: sum(found[:2] == ('forward', 'hidden') for found in self))
+    hidden = property(lambda self: sum(found[:2] == ('forward', 'hidden') for found in self))  # variants.py's
     blocking = property(lambda self: self.forward - self.hidden)  # the very next sublayer waits for these
 
 
@@ -252,7 +252,7 @@ class Stream(NamedTuple):
     tp: TPGroup
     merge: str  # how sync() scales what it sums
     left: int  # sublayers still to come
-    due: tuple = ()  # delayed syncs of variants.py: each is due once s.left <= its left, by enter(s)
+    due: tuple = ()  # delayed syncs of variants.py; once s.left <= its left, enter(s) does and drops one
     carry: Any = None  # whatever a block hands to a later one
 
     def arrive(self, n):

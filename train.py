@@ -79,7 +79,8 @@ def build_model(config, model_config, world):
     dense = GPT(model_config)
     if config.perturb:
         perturb_weights(dense, config.perturb, config.seed)
-    size = dict(all_reduces=summary(observe_all_reduces(dense), config.dtype), parameters=dense.num_params(),
+    observed = observe_all_reduces(dense)  # it also freezes parameters that no block uses
+    size = dict(all_reduces=summary(observed, config.dtype), parameters=dense.num_params(),
                 flops_per_token=dense.flops_per_token())
     model = dense if world.tp is None else dense.shard(world.tp)
     return model.to(world.device), size
@@ -175,7 +176,8 @@ def compiled(model, micro_batch, config, world, say):
 def loss_and_norm(model, candidate, x, y, windows, config, world):
     """
     x, y (B, T) -> a tensor (2,): the mean loss by `candidate`, which is the model or the model compiled, a
-    number of windows at a time, and the norm of its gradient (sharded, replicated ones are not summed yet).
+    number of windows at a time, and the norm of its gradient. If sharded, replicated parameters' gradients
+    are still each rank's own here.
     """
     total = torch.zeros((), device=world.device)
     for part_x, part_y in zip(x.split(windows), y.split(windows), strict=True):
