@@ -201,6 +201,13 @@ def exact_rivals(rows):
              seconds / ASYNC_TP[1], seconds / ASYNC_TP[0]) for (tp_size, note), seconds in plain.items()]
 
 
+def with_dense(row):
+    """[(a run of the row, dense's of the same seed)]; empty for dense itself and without a control."""
+    if row.dense or row.control is None:
+        return []
+    return [(run, row.control.runs[seed]) for seed, run in row.runs.items() if seed in row.control.runs]
+
+
 def step_ratio(row):
     """
     In what part of dense's steps a row reaches dense's losses: log(steps / dense's steps) as an Estimate.
@@ -208,17 +215,13 @@ def step_ratio(row):
     Of each seed, the mean over dense's evaluations after warmup whose loss the row reaches too; then over
     seeds. None if no seed has such an evaluation.
     """
-    if row.dense or row.control is None:
-        return None
     ratios = []
-    for seed, run in row.runs.items():
-        if seed in row.control.runs:
-            dense = row.control.runs[seed]
-            steps = [(run.steps_to(loss), step) for step, loss in dense.val_losses
-                     if step > dense.config['warmup_iters'] and loss == min(
-                         own for at, own in dense.val_losses if at <= step)]
-            logs = [math.log(own / step) for own, step in steps if own]
-            ratios += [statistics.mean(logs)] if logs else []
+    for run, dense in with_dense(row):
+        steps = [(run.steps_to(loss), step) for step, loss in dense.val_losses
+                 if step > dense.config['warmup_iters'] and loss == min(
+                     own for at, own in dense.val_losses if at <= step)]
+        logs = [math.log(own / step) for own, step in steps if own]
+        ratios += [statistics.mean(logs)] if logs else []
     return estimate(ratios)
 
 
@@ -239,15 +242,11 @@ def gap_to_dense(row):
     The generalisation gap minus dense's at equal loss: of each seed at the higher of the two final validation
     losses, which both runs reach. An Estimate; None if train was not read.
     """
-    if row.dense or row.control is None:
-        return None
     found = []
-    for seed, run in row.runs.items():
-        if seed in row.control.runs:
-            dense = row.control.runs[seed]
-            level = max(run.loss, dense.loss)
-            gaps = run.gap_at(level), dense.gap_at(level)
-            found += [gaps[0] - gaps[1]] if None not in gaps else []
+    for run, dense in with_dense(row):
+        level = max(run.loss, dense.loss)
+        gaps = run.gap_at(level), dense.gap_at(level)
+        found += [gaps[0] - gaps[1]] if None not in gaps else []
     return estimate(found)
 
 

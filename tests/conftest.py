@@ -84,3 +84,9 @@ def crashed(corpus, tmp_path_factory):
 @pytest.fixture
 def copy_of_crashed(crashed, tmp_path):
     return shutil.copytree(crashed, tmp_path / 'copy')
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """compare.py draws nothing, which takes it most of its time."""
+    monkeypatch.setattr('analysis.plots.PLOTS', {})

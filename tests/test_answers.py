@@ -23,11 +23,6 @@ NOISE = np.array([[1, -1, 1, -1, 1, -1], [1, 1, -1, -1, 1, -1], [-1, 1, 1, -1, -
                   [1, -1, -1, 1, 1, -1], [-1, -1, 1, 1, 1, -1], [1, 1, 1, -1, -1, -1]]) * 0.005
 
 
-@pytest.fixture
-def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, 'PLOTS', {})
-
-
 def write_nets(root, differences, tp_size=2, seeds=SEEDS, dense=True, **keys):
     """Dense runs and nets of {communications: difference to dense}."""
     size = keys.get('n_embd', '')

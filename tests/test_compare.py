@@ -37,13 +37,6 @@ from written_runs import (
     write_run,
 )
 
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    """compare.py draws nothing, which takes it most of its time."""
-    monkeypatch.setattr(plots, 'PLOTS', {})
-
-
 # pairs and verdicts
 
 

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import t, ttest_1samp
 
 import compare
-from analysis import answers, families, findings, plots, runs
+from analysis import answers, families, findings, runs
 from configurator import COMMUNICATIONS, ROOT, load
 from written_runs import (
     DENSE,
@@ -30,13 +30,6 @@ from written_runs import (
     table,
     write_run,
 )
-
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    """compare.py draws nothing, which takes it most of its time."""
-    monkeypatch.setattr(plots, 'PLOTS', {})
-
 
 # the guide's thresholds
 
