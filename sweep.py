@@ -8,7 +8,8 @@ Train several runs, one after another or a few at a time, always with the dense 
 Every --key=value goes on to train.py. Values separated by commas make a grid, each with each value of the
 other keys (block_types contains commas, so it takes one value). The dense control has one rank, so --tp_size,
 --block_types and --merge do not apply to it: it is trained once for each combination of the other keys. A
-run's folder is named after the run and the keys that have several values; --out keeps sweeps apart:
+run's folder is named after the run and the keys that have several values, or another value than a run there
+that has the name; --out keeps sweeps apart:
 
     out/gpt2-124M-12comm-seed2-tp4
 
@@ -137,6 +138,12 @@ def fit(name, end=''):
     return os.fsencode(name)[:LONGEST - len(end)].decode(errors='ignore') + end
 
 
+def name_run(config, keys, end):
+    """The name of a run: its config's, then these keys, which tell it from others, then `end`."""
+    tags = [tag(key, getattr(config, key)) for key in sorted(keys)]
+    return fit('-'.join([config.wandb_run_name, *tags]), end)
+
+
 def find_controls(files):
     """
     The dense controls of run configs: files with one rank, all layers tp and the same recipe, among these or
@@ -157,22 +164,24 @@ def find_controls(files):
     return list(dict.fromkeys(controls))
 
 
-def plan(files, withs, grid, out, floor=False):
+def plan(files, withs, grid, out, floor=False, without_dense=False):
     """
     The runs of a sweep, in order: all runs of a seed together, so that half a sweep has whole seeds.
 
-    files: run configs, to which their dense controls are added. withs: config files composed after each.
-    grid: from parse_grid. out: the folder that gets the run folders. floor: whether each control gets a
-    perturbed twin. Ends the program if two runs would share a folder.
+    files: run configs, to which their dense controls are added, unless without_dense. withs: config files
+    composed after each. grid: from parse_grid. out: the folder that gets the run folders. floor: whether each
+    control gets a perturbed twin. Ends the program if two runs would share a folder.
     """
-    controls, runs = find_controls(files), {}
+    controls, runs, there = find_controls(files), {}, runs_in(out)
     varied = {key for key, values in grid.items() if len(values) > 1}
 
     def add(args, keys, end='', dense=False):
         config = load(args)
         # the name of a file speaks of its blocks, which a flag has changed
-        tags = [tag(key, getattr(config, key)) for key in sorted(keys) if key in varied | {'block_types'}]
-        name = fit('-'.join([config.wandb_run_name, *tags]), end)
+        name = name_run(config, keys.keys() & (varied | {'block_types'}), end)
+        if taken := there.get(out / name):  # by a run of another value, if it is not this one
+            changed = differences(taken['config'], vars(config)).keys() & keys.keys()
+            name = name_run(config, keys.keys() & (varied | {'block_types'} | changed), end)
         args = [*args, f'--wandb_run_name={name}', f'--out_dir={out / name}']
         twin = runs.setdefault(name, Run(args, load(args), dense))
         if twin.args != args:
@@ -181,7 +190,7 @@ def plan(files, withs, grid, out, floor=False):
     for values in product(*grid.values()):
         given = dict(zip(grid, values))
         plain = {key: value for key, value in given.items() if key not in NOT_DENSE}
-        for file in dict.fromkeys(controls + files):
+        for file in dict.fromkeys(files if without_dense else controls + files):
             if file not in controls:
                 add([file, *withs, *as_flags(given)], given)
                 continue
@@ -192,7 +201,7 @@ def plan(files, withs, grid, out, floor=False):
                 add([*args, f'--perturb={PERTURB}'], plain, '-perturbed')
     runs = list(runs.values())
     refuse_twins(runs, varied)
-    settle_in(runs, varied, out)
+    settle_in(runs, varied, there)
     return runs
 
 
@@ -214,21 +223,26 @@ def refuse_twins(runs, varied):
                      'would share a folder: leave one out')
 
 
-def settle_in(runs, varied, out):
-    """
-    Let each run whose config a folder under `out` holds already, under whatever name, continue there.
-
-    If several do, its own folder comes first, then the one that is furthest.
-    """
+def runs_in(out):
+    """{folder: run.json's contents} of the runs under `out`."""
     there = {}
     for path in sorted(out.glob('*/run.json')):
         try:
             there[path.parent] = rundir.read_info(path.parent)
         except (OSError, ValueError):  # no run can be recognized in it; if one is named so, it is refused
             continue
+    return {folder: info for folder, info in there.items() if info}
+
+
+def settle_in(runs, varied, there):
+    """
+    Let each run whose config a folder holds already, under whatever name, continue there. there: of runs_in()
+
+    If several do, its own folder comes first, then the one that is furthest.
+    """
     for run in runs:
         own = {folder: info for folder, info in there.items()
-               if info and same_run(info['config'], vars(run.config), varied)}
+               if same_run(info['config'], vars(run.config), varied)}
         if own and run.out_dir not in own:
             folder = max(own, key=lambda folder: own[folder]['iter'])
             run.args[-2:] = [f'--wandb_run_name={own[folder]["name"]}', f'--out_dir={folder}']
@@ -590,6 +604,9 @@ def parse_args(argv):
                         help='a config file composed after each; may be repeated')
     parser.add_argument('--out', type=Path, default=Path('out'), help='where run folders go; default: out')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
+    parser.add_argument('--without_dense', action='store_true',
+                        help='leave out dense controls that are not named: they are trained already, or at '
+                             'another learning rate')
     parser.add_argument('--floor', action='store_true',
                         help=f'add a twin of each control with --perturb={PERTURB}: how far it ends from the '
                              'control is the noise floor')
@@ -667,7 +684,7 @@ def in_bytes(size):
 def main(argv):
     args, keys = parse_args(argv)
     configs = args.configs or [os.path.relpath(ROOT / file) for file in RUNS]
-    runs = plan(configs, args.withs, parse_grid(keys), args.out, args.floor)
+    runs = plan(configs, args.withs, parse_grid(keys), args.out, args.floor, args.without_dense)
     gpus, cores = machine(args, runs)
     shares = divide(args.jobs, gpus, cores)
     sweep = Sweep(runs, shares, Forecast(len(gpus), len(cores), args.jobs, args.gpu))

@@ -101,6 +101,21 @@ def test_a_run_is_named_after_what_varies(tmp_path):
     assert names(planned(tmp_path, '--block_types=tp,spd'))[1] == '12comm-cpu-block_types=tp_spd_x_6'
 
 
+def test_a_name_that_another_value_has_taken_gets_this_ones(tmp_path):
+    dense, twelve = planned(tmp_path, '--learning_rate=1e-3')
+    for run in dense, twelve:
+        write_info(run, 'finished', 400)
+    assert names(planned(tmp_path, '--learning_rate=2e-3')) == [
+        'cpu-learning_rate=0.002', '12comm-cpu-learning_rate=0.002']
+    assert names(planned(tmp_path, '--learning_rate=1e-3')) == ['cpu', '12comm-cpu']
+
+
+def test_dense_controls_are_left_out_unless_they_are_named(tmp_path):
+    assert names(planned(tmp_path, '--seed=1,2', without_dense=True)) == [
+        '12comm-cpu-seed1', '12comm-cpu-seed2']
+    assert names(planned(tmp_path, files=(DENSE, TWELVE), without_dense=True)) == ['cpu', '12comm-cpu']
+
+
 def test_a_long_name_is_cut_and_stays_unique(tmp_path):
     for last, blocks in ('a', 'spd'), ('b', 'parallel'), ('dense', 'tp'):
         (tmp_path / f'{last}.py').write_text(f'wandb_run_name = "{"é" * 120}{last}"\nn_layer = 2\n'

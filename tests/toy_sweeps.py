@@ -38,8 +38,8 @@ name, resume, out_dir = config['wandb_run_name'], config['init_from'] == 'resume
 """
 
 
-def planned(out, *flags, files=(TWELVE,), withs=(CPU,), floor=False):
-    return sweep.plan(list(files), list(withs), sweep.parse_grid(flags), out, floor)
+def planned(out, *flags, files=(TWELVE,), withs=(CPU,), **how):
+    return sweep.plan(list(files), list(withs), sweep.parse_grid(flags), out, **how)
 
 
 def names(runs):

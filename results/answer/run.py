@@ -1,0 +1,177 @@
+"""
+The runs of the tuned answer in the order of plan.toml, each config at its own best learning rate.
+
+    python results/answer/run.py --jobs 2  # items 1 to 5, on a CPU: 7 hours of two cores
+    python results/answer/run.py --gpu --jobs 8 --english FILE.jsonl.xz  # all items, on a GPU
+    python results/answer/run.py --small --jobs 2  # all items at a size that takes minutes, one seed: a trial
+
+What is finished is not done again: the same command goes on after an interruption. A config's best rate has
+the lowest mean validation loss over the tuning seeds; the grid is extended until it lies inside. Runs go to
+out/answer, those of another recipe beside it, to out/answer-1600-steps and the like.
+"""
+
+import argparse
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from analysis.runs import Run, group, kind_of, read_run
+from analysis.tuning import Tuned
+from configurator import ROOT, begin_program, fail, load
+from training.rundir import find_runs
+
+PLAN = 'results/answer/plan.toml'
+DENSE, TWELVE, SIX, TWO = (f'config/train_gpt2{end}.py' for end in ('', '_12comm', '_6comm', '_2comm'))
+PALM = 'config/rivals/train_gpt2_palm.py'
+FIVE = [DENSE, TWELVE, SIX, TWO, PALM]
+THREE_SEEDS, SIX_SEEDS = [3, 4, 5], [3, 4, 5, 6, 7, 8]
+SMALL = dict(n_embd=32, n_head=8, max_iters=4, warmup_iters=1, eval_interval=2, eval_tokens=1024,
+             eval_train_tokens=1024)
+MOST_VALUES = 8  # in a grid: one that is extended further has no best value inside
+
+
+class Experiment:
+    """One recipe, its runs in one folder, each config with a learning rate of its own."""
+
+    def __init__(self, args, name='', **changes):
+        """name: of the folder, after out/answer-. changes: keys of the recipe that differ from the plan's"""
+        plan = tomllib.loads((ROOT / PLAN).read_text(encoding='utf-8'))
+        self.tuned = Tuned(plan['tuned'], tuple(plan['tuning_seeds'][:1 if args.small else None]))
+        self.grid, self.jobs, self.most_seeds = plan['grid'], args.jobs, 1 if args.small else None
+        self.out = Path('-'.join(['out/answer', *['small'] * args.small, *filter(None, [name])]))
+        with_, file, *flags = plan['recipe'].split()
+        self.withs = [with_, file]
+        self.keys = dict(flag.removeprefix('--').split('=') for flag in flags) | dict(plan=PLAN) | changes
+        self.keys |= dict(device='cuda') if args.gpu else {}
+        self.keys |= {key: SMALL[key] for key in SMALL if args.small}
+
+    def sweep(self, configs, seeds, rates, *more, **keys):
+        """Train these configs, without a dense control that is not named. Ends the program if a run fails."""
+        keys = self.keys | keys | dict(seed=','.join(map(str, seeds[:self.most_seeds])),
+                                       learning_rate=','.join(f'{rate:g}' for rate in rates))
+        words = [*configs, *self.withs, *(f'--{key}={value}' for key, value in keys.items()), *more,
+                 '--without_dense', f'--jobs={self.jobs}', f'--out={self.out}']
+        print('$ python sweep.py', *words, flush=True)
+        status = subprocess.run([sys.executable, 'sweep.py', *words], cwd=ROOT).returncode
+        if status:
+            sys.exit(status)
+
+    def tunings(self, configs):
+        """{config file: its Tuning} over the finished runs of the tuning seeds."""
+        folders, _ = find_runs([ROOT / self.out])
+        runs = [run for run in map(read_run, folders)
+                if not run.trouble and run.config['seed'] in self.tuned.tuning_seeds]
+        found = {kind_of(row.first): row.tuning for row in group(runs, tuned=self.tuned)}
+        return {file: found[kind_of(self.as_run(file))] for file in configs}
+
+    def as_run(self, file):
+        keys = [f'--{key}={value}' for key, value in self.keys.items()]
+        control = ['--tp_size=1'] if file == DENSE else []
+        return Run(None, dict(config=vars(load([file, self.withs[1], *keys, *control]))), {}, {})
+
+    def tune(self, configs):
+        """{config file: its best rate}. Trains the grid, and more of it until each best rate lies inside."""
+        self.sweep(configs, self.tuned.tuning_seeds, self.grid)
+        while True:
+            tunings = self.tunings(configs)
+            open_ = {file: tuning.missing for file, tuning in tunings.items()
+                     if tuning.missing and len(tuning.means) < MOST_VALUES}
+            if not open_:
+                return {file: tuning.best for file, tuning in tunings.items()}
+            for file, rates in open_.items():
+                self.sweep([file], self.tuned.tuning_seeds, rates)
+
+    def answer(self, best, seeds, *more, **keys):
+        """Train each config of {config file: rate} on these seeds, those of one rate together."""
+        for rate in sorted(set(best.values())):
+            self.sweep([file for file in best if best[file] == rate], seeds, [rate], *more, **keys)
+
+
+# the items: each a function of the arguments and of {config file: best rate} at width 256
+
+
+def seeds(args, best):
+    """2. Each config at its best rate. With 2 communications a CPU stops at three seeds."""
+    base = Experiment(args)
+    base.answer(best, THREE_SEEDS)
+    base.answer({file: best[file] for file in FIVE if args.gpu or file != TWO}, SIX_SEEDS)
+
+
+def floor(args, best):
+    """3. The dense control with perturbed weights: the noise floor."""
+    Experiment(args).answer({DENSE: best[DENSE]}, SIX_SEEDS if args.gpu else THREE_SEEDS, '--floor')
+
+
+def tokens(args, best):
+    """4. Four times the tokens."""
+    some = FIVE if args.gpu else [DENSE, TWELVE]
+    Experiment(args, '1600-steps', max_iters=1600).answer(
+        {file: best[file] for file in some}, SIX_SEEDS if args.gpu else [3, 4])
+
+
+def layer_0(args, best):
+    """5. What layer 0 does: SPD there alone, a sync there alone, a larger embedding."""
+    base, few = Experiment(args), SIX_SEEDS if args.gpu else [3, 4]
+    for file in 'config/rivals/train_gpt2_23comm_spd_first.py', 'config/rivals/train_gpt2_3comm_sync_0.py':
+        base.answer({file: best[TWELVE]}, few)
+    base.answer({'config/rivals/train_gpt2_embed_4.py': best[DENSE]}, few)
+    base.answer({TWELVE: best[TWELVE]}, few, embed_scale=4)
+
+
+def ranks(args, best):
+    """6. Four ranks, at the best rate and half of it."""
+    for file in TWELVE, SIX, TWO:
+        Experiment(args).sweep([file], THREE_SEEDS, [best[file], best[file] / 2], tp_size=4)
+
+
+def rivals(args, best):
+    """7. All of config/rivals, placements too, at the best rate of 12 communications and half of it."""
+    files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob('config/rivals/*.py'))
+    Experiment(args).sweep(files, THREE_SEEDS, [best[TWELVE], best[TWELVE] / 2])
+
+
+def widths(args, best):
+    """8. Widths 128 and 512 at the same head size, each config at its best rate there."""
+    for width, heads in (128, 4), (512, 16):
+        other = Experiment(args, f'width-{width}', n_embd=width, n_head=heads)
+        other.answer(other.tune(FIVE), THREE_SEEDS)
+
+
+def english(args, best):
+    """9. Bytes of English, of which hardly one is seen twice."""
+    if args.english is None and not (ROOT / 'data/english/meta.json').exists():
+        return print('9 is left out: it needs --english', flush=True)
+    if not (ROOT / 'data/english/meta.json').exists():
+        subprocess.run([sys.executable, 'data/text/prepare.py', f'--input={args.english.resolve()}',
+                        '--tokenizer=byte', '--out=data/english'], cwd=ROOT, check=True)
+    other = Experiment(args, 'english', dataset='english')
+    other.answer(other.tune(FIVE), THREE_SEEDS)
+
+
+ON_A_CPU = [seeds, floor, tokens, layer_0]
+MORE = [ranks, rivals, widths, english]
+
+
+def main():
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--gpu', action='store_true', help='on a GPU: all items, and more seeds')
+    parser.add_argument('--small', action='store_true', help='all items, of few steps and a small width')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
+    parser.add_argument('--english', type=Path, metavar='FILE', help='English text, for item 9')
+    parser.error = lambda message: fail(f'{message}; see python results/answer/run.py --help')
+    args = parser.parse_args()
+    if args.english and not args.english.is_file():
+        fail(f'--english is {args.english}, which is not a file')
+    best = Experiment(args).tune(FIVE)
+    print('best rates:', ', '.join(f'{file} {rate:g}' for file, rate in best.items()), flush=True)
+    for item in [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
+        print(item.__doc__, flush=True)
+        item(args, best)
+
+
+if __name__ == '__main__':
+    begin_program()
+    main()
