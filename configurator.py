@@ -42,7 +42,7 @@ HOUSEKEEPING = {
     'out_dir', 'plan', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
     'checkpoint_interval', 'keep_checkpoints', 'keep_optimizer',
     'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
-    'tp_across_nodes', 'eval_train_tokens', 'log_drift',
+    'tp_across_nodes', 'eval_train_tokens', 'log_diagnostics',
 }
 
 AT_LEAST_1 = (lambda value: value >= 1, 'at least 1')
@@ -63,7 +63,8 @@ LIMITS = dict(  # of values; GPTConfig checks the model's other keys
 )
 # (n_layer, n_head, n_embd, block_size) of the sizes that a run may be named after
 SIZES = {'124M': (12, 12, 768, 1024), '350M': (24, 16, 1024, 1024), '774M': (36, 20, 1280, 1024)}
-RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches'}
+RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches',
+           'log_drift': 'log_diagnostics, which measures that and more'}
 
 
 def fail(message):
@@ -344,12 +345,13 @@ def recipe(config):
 
 def complete(config):
     """
-    A saved config, as a dict, brought up to this version. Missing keys take their defaults.
+    A saved config, as a dict, brought up to this version. Missing keys take their defaults; log_drift goes.
 
     Block types mean_tp, mean_spd and mean_parallel of earlier versions become tp, spd and parallel with merge
     'mean'.
     """
     config = {key: default for key, (default, _, _) in read_defaults().items()} | config
+    config.pop('log_drift', None)
     names = config['block_types'] or []
     if any(str(name).startswith('mean_') for name in names):
         config.update(block_types=[name.removeprefix('mean_') for name in names], merge='mean')

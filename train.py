@@ -31,8 +31,8 @@ from data.corpus import open_corpus
 from data.dataloader import TrainLoader, val_batches
 from model import GPT, count_all_reduces
 from training.checkpoint import Writer, fresh_or_resumed
+from training.diagnostics import diagnose
 from training.distributed import all_reduce_sum, find_world, joined, on_rank0, require_agreement
-from training.drift import measure_drift
 from training.logger import Log, introduction
 from training.rundir import claim, git_commit, read_plan
 from variants import gpt_config
@@ -277,10 +277,10 @@ def evaluate_extras(net, corpus, config, world):
     if config.eval_train_tokens:
         extras['fixed_train_loss'], extras['fixed_train_tokens'] = evaluate(
             net.model, corpus.train, config.eval_train_tokens, config, world)
-    if config.log_drift and world.rank0:  # never sharded: find_world() refuses that
-        x = next(val_batches(corpus.val, config.block_size, config.batch_size, config.eval_tokens,
-                             0, 1, world.device))[0]
-        extras['drift'], extras['drift_cosine'] = measure_drift(net.raw_model, x)
+    if config.log_diagnostics and world.rank0:  # never sharded: find_world() refuses that
+        x, y, _ = next(val_batches(corpus.val, config.block_size, config.batch_size, config.eval_tokens,
+                                   0, 1, world.device))
+        extras['diagnostics'] = diagnose(net.raw_model, x, y)
     return extras
 
 

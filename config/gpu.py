@@ -13,4 +13,4 @@ warmup_iters = 100
 eval_interval = 250
 eval_tokens = 524_288
 eval_train_tokens = 131_072
-log_drift = True
+log_diagnostics = True

@@ -56,12 +56,8 @@ def mlp(w, name, x, r, config):
 SUBLAYERS = {'attn': (attention, 'ln_1'), 'mlp': (mlp, 'ln_2')}
 
 
-def reference_gpt(weights, config, idx, see=lambda c, d: None):
-    """
-    idx (B, T) -> (logits (B, T, V), the number of forward all-reduces)
-
-    see(c, d) is called with what each sublayer reads, and at the end of the model before its sync.
-    """
+def reference_gpt(weights, config, idx):
+    """idx (B, T) -> (logits (B, T, V), the number of forward all-reduces)"""
     R = config.tp_size
     # a model without biases is one whose biases are 0
     w = {name.replace('.weight', '.bias'): p.new_zeros(p.shape[0]) for name, p in weights.items()} | weights
@@ -78,7 +74,6 @@ def reference_gpt(weights, config, idx, see=lambda c, d: None):
                 c, d, apart, syncs = sync()
                 continue
             read = [c + d[r] for r in range(R)]
-            see(c, d)
             for kind in step.split(' + '):
                 sublayer, norm = SUBLAYERS[kind]
                 block = f'transformer.h.{i}.'
@@ -86,7 +81,6 @@ def reference_gpt(weights, config, idx, see=lambda c, d: None):
                 d = [d[r] + sublayer(w, block + kind, layer_norm(read[r], *ln), r, config) for r in range(R)]
                 c = c + w[f'{block}{kind}.c_proj.bias']
             apart = True
-    see(c, d)
     if apart:
         c, d, apart, syncs = sync()
     c = layer_norm(c, w['transformer.ln_f.weight'], w['transformer.ln_f.bias'])

@@ -20,7 +20,8 @@ class Flight:
 
 
 class Ranks:
-    def __init__(self, w, config, c, masks):
+    def __init__(self, w, config, c, masks, see):
+        self.see = see
         self.w, self.config, self.c, self.masks, self.R = w, config, c, masks, config.tp_size
         self.d, self.apart, self.flights = self.zeros(), False, []
         self.n = 0  # sublayers so far
@@ -39,6 +40,12 @@ class Ranks:
             self.c = self.c + sum(flight.seen) + sum(flight.unseen) + flight.bias
             self.messages.append((self.c.shape[-1], True))
 
+    def all_in(self):
+        """The stream if all that is apart or on its way were merged now; nothing changes."""
+        apart = sum(self.d) + sum(sum(flight.seen) + sum(flight.unseen) for flight in self.flights)
+        scale = {'sum': 1, 'mean': 1 / self.R, 'rsqrt': self.R**-0.5, 'desync': 1 / self.R}
+        return self.c + scale[self.config.merge] * apart + sum(flight.bias for flight in self.flights)
+
     def read(self):
         """[u_r] of the next sublayer"""
         self.land()
@@ -46,6 +53,7 @@ class Ranks:
 
     def compute(self, layer, kind, u):
         """([P_r], bias) of a sublayer that reads [u_r]"""
+        self.see(self.n, u, self)
         sublayer, norm = SUBLAYERS[kind]
         name, w, mask = f'transformer.h.{layer}.', self.w, self.masks[1 + self.n]
         self.n += 1
@@ -125,19 +133,21 @@ class Ranks:
         self.sync(attn, mlp, hidden=block_type == 'stale' and types[i + 1:i + 2] == ['stale'])
 
 
-def reference_rivals(weights, config, idx, masks=None):
+def reference_rivals(weights, config, idx, masks=None, see=lambda place, u, ranks: None):
     """
     idx (B, T) -> (logits (B, T, V), messages, see Ranks)
 
     masks: dropout's, 0 or 1/(1-p), of the embedding and of each sublayer in turn, (B, T, C) each.
+    see(place, u, ranks) is called with what each sublayer reads, [u_r], and at the end before the last sync.
     """
     # a model without biases is one whose biases are 0
     w = {name.replace('.weight', '.bias'): p.new_zeros(p.shape[0]) for name, p in weights.items()} | weights
     masks = masks or [1] * (1 + 2 * config.n_layer)
     c = config.embed_scale * (w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][:idx.shape[1]])
-    ranks = Ranks(w, config, masks[0] * c, masks)
+    ranks = Ranks(w, config, masks[0] * c, masks, see)
     for i, block_type in enumerate(config.block_types):
         ranks.block(i, block_type)
+    see(ranks.n, ranks.read(), ranks)
     if ranks.apart or ranks.flights:
         ranks.sync()
     c = layer_norm(ranks.c, w['transformer.ln_f.weight'], w['transformer.ln_f.bias'])

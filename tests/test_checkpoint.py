@@ -239,10 +239,10 @@ def test_metrics_that_somebody_changed_go_on_after_a_whole_line(finished, tmp_pa
     was = (finished / 'metrics.jsonl').read_bytes()
     path.write_bytes(damage(was))
     log = Log(config, ALONE, {}, checkpoint.Progress(iter=3, metrics_bytes=len(was)))
-    log.write(iter=4, drift=[0.5, math.nan], val_loss=math.inf)
+    log.write(iter=4, diagnostics=dict(a=[0.5, math.nan], b=math.nan), val_loss=math.inf)
     log.close(0)
     before, _, last = path.read_bytes().rpartition(b'{"iter": 4,')
-    assert last == b' "drift": [0.5, null], "val_loss": null}\n'
+    assert last == b' "diagnostics": {"a": [0.5, null], "b": null}, "val_loss": null}\n'
     assert damage(was)[:len(was)].startswith(before) and (before == b'' or before.endswith(b'\n'))
 
 

@@ -123,7 +123,8 @@ def test_tp_blocks_with_a_variation_are_tested(tmp_path, change):
 @pytest.mark.parametrize('broken', [
     '{"iter": 30, "val_l', '{"val_loss": 2.0}', '{"iter": 30.5, "val_loss": 2.0}',
     '{"iter": 30, "val_loss": "2"}', '{"iter": 30, "val_loss": [2.0]}', '{"iter": 30, "drift": [0.5, "0.5"]}',
-    '30', '[]', '[' * 10**5], ids=range(9))
+    '{"iter": 30, "diagnostics": {"cka": ["0.5"]}}', '{"iter": 30, "diagnostics": [0.5]}', '30', '[]',
+    '[' * 10**5], ids=range(11))
 def test_torn_last_line_is_dropped_and_a_broken_one_refused(tmp_path, broken):
     write_run(tmp_path, 'dense', {1: 2.0}, tp_size=1)
     path = tmp_path / 'dense-seed1' / 'metrics.jsonl'

@@ -137,8 +137,8 @@ def lay_out(config, processes):
             config.refuse('tp_across_nodes is True, which means something with --shard=True only')
         return [[process] for process in range(processes)]
     size = config.tp_size
-    if config.log_drift:
-        config.refuse('log_drift is True, which needs all ranks in one process; leave out shard')
+    if config.log_diagnostics:
+        config.refuse('log_diagnostics is True, which needs all ranks in one process; leave out shard')
     if processes % size:
         config.refuse(f'shard is True, which takes a multiple of tp_size, {size}, processes, not {processes}')
     if config.dtype == 'float16':

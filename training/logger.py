@@ -6,6 +6,7 @@ wanted.
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from datetime import timedelta
@@ -20,20 +21,20 @@ from training.distributed import peak_flops
 # of run.json, beside the config: what dashboards filter and plot by
 TRACKED = {'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus'}
 CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}  # W&B's names, if they are not ours
-LISTS = 'drift', 'drift_cosine'  # the keys whose values are lists over the sublayers
 
 
 def as_charts(line):
     """
-    A line of metrics under W&B's names. A list, which has no chart, becomes an entry for each sublayer:
-    drift/03 attention, drift/03 mlp ..., drift/12 end. from_charts() is the inverse.
+    A line of metrics under W&B's names. Each number of the diagnostics becomes a chart, those of a list by
+    sublayer: cka/03 attention, cka/03 mlp ..., cka/12 end. from_charts() is the inverse.
     """
-    charts = {}
-    for key, value in line.items():
+    charts = {CHARTS.get(key, key): value for key, value in line.items() if key != 'diagnostics'}
+    for key, value in line.get('diagnostics', {}).items():
         if isinstance(value, list):
-            charts |= {f'{key}/{sublayer(i, len(value))}': item for i, item in enumerate(value)}
+            charts |= {f'{key}/{sublayer(i, len(value))}': item for i, item in enumerate(value)
+                       if item is not None}
         else:
-            charts[CHARTS.get(key, key)] = value
+            charts[f'diagnostics/{key}'] = value
     return charts
 
 
@@ -45,20 +46,25 @@ def sublayer(i, n):
 
 def from_charts(logged):
     """What W&B has of a line, under the names of metrics.jsonl. W&B may leave out what is None."""
-    keys, line, lists = {chart: key for key, chart in CHARTS.items()}, {}, {}
+    keys, line, lists, numbers = {chart: key for key, chart in CHARTS.items()}, {}, {}, {}
     for chart, value in logged.items():
-        key, slash, place = chart.partition('/')
-        if slash and key in LISTS:
-            layer, part = place.split(' ')
-            lists.setdefault(key, {})[2 * int(layer) + (part == 'mlp')] = value
+        key, _, place = chart.partition('/')
+        if found := re.fullmatch(r'(\d+) (attention|mlp|end)', place):
+            lists.setdefault(key, {})[2 * int(found[1]) + (found[2] == 'mlp')] = value
+        elif key == 'diagnostics':
+            numbers[place] = value
         else:
             line[keys.get(chart, chart)] = value
     last = max((i for own in lists.values() for i in own), default=0)
-    return line | {key: [own.get(i) for i in range(last + 1)] for key, own in lists.items()}
+    lists = {key: [own.get(i) for i in range(last + 1)] for key, own in lists.items()}
+    earlier = {key: lists.pop(key) for key in ('drift', 'drift_cosine') if key in lists}
+    return line | earlier | (dict(diagnostics=lists | numbers) if lists else {})
 
 
 def finite(value):
-    """The value, with None in place of a number that is not finite, which JSON does not have. Lists too."""
+    """The value, with None for each number in it that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

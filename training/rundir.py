@@ -126,9 +126,9 @@ def read_metrics(out_dir):
     """
     The two kinds of lines of metrics.jsonl, as {iter: line}: evaluations, log lines.
 
-    A line is a JSON object with a whole number as its `iter` and numbers or nulls as its other values, or
-    lists of them for the drift. A killed run may leave half a line at the end, which is dropped. Any other
-    broken line ends the program.
+    A line is a JSON object with a whole number as its `iter` and numbers or nulls as its other values. Its
+    `diagnostics` are an object of numbers and lists; the drift of an earlier version is lists. A killed run
+    may leave half a line at the end, which is dropped. Any other broken line ends the program.
     """
     path = Path(out_dir) / 'metrics.jsonl'
     evals, logs = {}, {}
@@ -138,9 +138,12 @@ def read_metrics(out_dir):
             continue
         try:
             line = json.loads(text)
-            values = [value for key, found in line.items()
-                      for value in (found if key.startswith('drift') else [found])]
-            if type(line['iter']) is not int or not set(map(type, values)) <= {int, float, NoneType}:
+            groups = [found if key.startswith('drift') else [found] for key, found in line.items()
+                      if key != 'diagnostics']
+            groups += [found if isinstance(found, list) else [found]
+                       for found in line.get('diagnostics', {}).values()]
+            kinds = {type(value) for group in groups for value in group}
+            if type(line['iter']) is not int or not kinds <= {int, float, NoneType}:
                 raise ValueError
             (evals if 'val_loss' in line else logs)[line['iter']] = line
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
