@@ -9,19 +9,20 @@ How fast a training step is, config by config: as ratios to the dense control, o
 
 A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens per replica. The
 configs take turns within each round, so that whatever else the machine does affects all of them.
-Ratios are to the first config if it is a dense control, else to config/train_gpt2.py.
+Ratios are to the first config if it is a dense control, else to config/train_gpt2.py. With --block_types,
+rows are named after their blocks, and equal ones are measured once.
 
-With --shard each process holds one tensor-parallel rank, and ratios are to 24comm, since such a run has no
-dense control. Every config's step is measured with its network and without: alone, a process reduces over a
-group of itself. The difference is its time in collectives, including waits for late peers. A sweep of
-all-reduces measures the links, and the cost model's prediction stands beside what was measured.
+With --shard each process holds one tensor-parallel rank, and ratios are to TP blocks alone (24comm), since
+such a run has no dense control. Every config's step is measured with its network and without: alone, a
+process reduces over a group of itself. The difference is its time in collectives, including waits for late
+peers. A sweep of all-reduces measures the links, and the cost model's prediction stands beside what was
+measured.
 
 --input measures the reading of a step's windows in place of the step, and --kept the memory that a step's
-forward pass keeps for its backward pass. The last line of output is JSON.
+forward pass keeps for its backward pass. --json=FILE keeps the numbers of any of these, unrounded.
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -29,7 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from configurator import RUNS, begin_program, fail, load, model_vocab_size, read_file
+from configurator import RUNS, begin_program, fail, load_each, model_vocab_size, read_file
 
 CONTROL, SHARDED_CONTROL = 'config/train_gpt2.py', 'config/train_gpt2_24comm.py'
 
@@ -48,6 +49,7 @@ def parse_args(argv):
                         help="of the model; default: GPT-2's")
     parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
     parser.add_argument('--profile', type=Path, metavar='FOLDER', help='write profiles of the steps there')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the results there')
     parser.add_argument('--input', action='store_true', help='measure the reading of windows instead')
     parser.add_argument('--kept', action='store_true', help='measure what a forward pass keeps instead')
     parser.add_argument('--shard', action='store_true', help='one tensor-parallel rank per process')
@@ -60,6 +62,8 @@ def parse_args(argv):
         fail(f'--gbit is {args.gbit:g}, it must be above 0')
     if not args.latency_us >= 0:
         fail(f'--latency_us is {args.latency_us:g}, it must be at least 0')
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        fail(f'--json is {args.json}, it must be a file in a folder that exists')
     unsharded = [name for name in ('textbook', 'profile', 'input', 'kept') if getattr(args, name)]
     if args.shard and unsharded:
         fail(f'--{unsharded[0]} is for one process; leave out --shard')
@@ -83,6 +87,7 @@ from speed.memory import bench_kept
 from speed.sharded import bench_sharded
 from train import autocast
 from training.distributed import find_world, keep_freed_memory
+from training.rundir import write_json
 from variants import gpt_config
 
 
@@ -128,7 +133,7 @@ def write_profile(candidate, folder):
 
 
 def bench_simulated(configs, args):
-    """Print what the configs' steps took, the dense control's first."""
+    """Print what the configs' steps took, the dense control's first. Returns result() of each."""
     world = find_world(configs[0])
     if world.processes > 1:
         fail(f'{world.processes} processes, of which only one would be measured; add --shard')
@@ -141,14 +146,14 @@ def bench_simulated(configs, args):
             write_profile(candidate, args.profile)
     results = [result(candidate, candidates[0]) for candidate in candidates]
     print_results(results, configs[-1], world, 'dense', args.rounds)
-    print(json.dumps(results))
+    return results
 
 
 def bench_input(config, args):
     """
     Print what reading a step's windows takes, as a share of a step at 500,000 tokens a second, and what
     memory it adds. The file has OpenWebText's size, 17 GB, as one hole. A run reads while the step before
-    computes; here nothing is hidden.
+    computes; here nothing is hidden. Returns the numbers as a dict.
     """
     world, windows = find_world(config), config.batch_size * config.gradient_accumulation_steps
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +174,7 @@ def bench_input(config, args):
     print(f'{windows} windows of {config.block_size} tokens: {median * 1e3:.1f} ms [{low * 1e3:.1f}, '
           f'{high * 1e3:.1f}], {median / step_seconds:.2%} of a step at 500,000 tokens/s; '
           f'{grown:.0f} MiB more memory after {args.rounds} steps than after one')
-    print(json.dumps(dict(seconds=median, low=low, high=high, share=median / step_seconds, grown_mib=grown)))
+    return dict(seconds=median, low=low, high=high, share=median / step_seconds, grown_mib=grown)
 
 
 def peak_resident():
@@ -179,15 +184,15 @@ def peak_resident():
 
 def load_configs(args, flags):
     """The Configs to measure, the control first."""
+    # the control's blocks are its own, whatever a flag or a file composed after it says
     if args.shard:
-        control, last = SHARDED_CONTROL, []
+        control, last, others = SHARDED_CONTROL, ['--block_types=tp'], args.configs
     else:
         dense = read_file(args.configs[0]).get('tp_size') == 1
-        # the control is dense whatever a flag or a file composed after it says
-        control, last = args.configs[0] if dense else CONTROL, ['--tp_size=1', '--block_types=tp']
+        control, last = args.configs[0] if dense else CONTROL, ['--block_types=tp', '--tp_size=1']
+        others = [path for path in args.configs if path != control]
     flags = [*args.withs, *flags, *['--shard=True'] * args.shard]
-    others = [path for path in args.configs if path != control]
-    configs = [load([control, *flags, *last])] + [load([path, *flags]) for path in others]
+    configs = load_each([[control, *flags, *last], *([path, *flags] for path in others)])
     for config in configs:
         with config.refusing():
             gpt_config(vars(config), args.vocab_size)
@@ -200,11 +205,13 @@ def main(argv):
     torch._dynamo.config.recompile_limit = 1000
     configs = load_configs(args, flags)
     if args.input:
-        bench_input(configs[0], args)
+        report = bench_input(configs[0], args)
     elif args.kept:
-        bench_kept(configs, args)
+        report = bench_kept(configs, args)
     else:
-        (bench_sharded if args.shard else bench_simulated)(configs, args)
+        report = (bench_sharded if args.shard else bench_simulated)(configs, args)
+    if args.json and report:
+        write_json(args.json, report)
 
 
 if __name__ == '__main__':

@@ -434,3 +434,23 @@ def load(argv):
             stems.append(Path(source).stem)
     resolve(config, stems)
     return config
+
+
+def load_each(argvs):
+    """
+    The Configs of several argv, a run config first in each, as the rows of a table: equal ones stand once.
+
+    A row is named after its blocks, 'spd x 12' or 'dense', if flags say others than its file.
+    """
+    def blocks(config):
+        return 'dense' if config.tp_size == 1 else pattern(config.block_types)
+
+    rows = {}
+    for argv in argvs:
+        config = load(argv)
+        own = load([arg for arg in argv if not arg.startswith(('--block_types=', '--tp_size='))])
+        if blocks(config) != blocks(own):
+            config.wandb_run_name = blocks(config)
+        keys = {key: value for key, value in vars(config).items() if key not in ('wandb_run_name', 'out_dir')}
+        rows.setdefault(json.dumps(keys), config)
+    return list(rows.values())

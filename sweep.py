@@ -337,7 +337,9 @@ def command(run, resume, share):
     if share.gpus:
         launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(share.gpus)}',
                      '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGHUP']
-    return [*launcher, str(ROOT / 'train.py'), *run.args, *['--init_from=resume'] * resume]
+    # auto: a scheduler may start it again as it is. Weights to begin with leave no room for that
+    again = ['--init_from=auto'] if run.config.init_from == 'scratch' else ['--init_from=resume'] * resume
+    return [*launcher, str(ROOT / 'train.py'), *run.args, *again]
 
 
 def shell_line(run, resume, share):
@@ -673,8 +675,9 @@ def show_costs(sweep, out):
     sizes = sorted({in_bytes(checkpoint_bytes(run.config)) for run in runs}, key=len)
     count = max(3 + run.config.keep_checkpoints for run in runs)
     folder = next(path for path in [out, *out.resolve().parents] if path.exists())
-    print(f'disk: up to {in_bytes(sum(map(disk_left, runs)))} more, at most {count} checkpoints a run of '
-          f'{" or ".join(sizes)}; {in_bytes(shutil.disk_usage(folder).free)} are free', flush=True)
+    need, free = sum(map(disk_left, runs)), shutil.disk_usage(folder).free
+    print(f'disk: up to {in_bytes(need)} more, at most {count} checkpoints a run of {" or ".join(sizes)}; '
+          f'{in_bytes(free)} are free' + ', which is too little' * (need > free), flush=True)
 
 
 def in_bytes(size):

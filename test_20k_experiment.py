@@ -10,6 +10,7 @@ It needs no data, tokenizer, network or GPU. The exit status is 0 if every check
 
 import math
 import sys
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -70,7 +71,7 @@ def check_runs(path):
     assert observed.forward == backward, f'{observed.forward} forward, {observed.backward} back'
 
 
-CHECKS = {'All configs load correctly': check_loads, 'Models have ~125M parameters (within 1%)': check_size,
+CHECKS = {'All configs load correctly': check_loads, 'Models have {} parameters (within 1%)': check_size,
           'Forward pass works for each configuration': check_runs}
 
 
@@ -106,21 +107,25 @@ def main(argv):
         runs = EIGHT + sorted(every - set(EIGHT))
     elif argv:
         fail(f'{" ".join(argv)}: the pre-flight takes --all or nothing')
+    names = Counter(next((size for size in SIZES if size in path), '124M') for path in runs)  # else gpt2
+    sizes = ', '.join(f'~{SIZES[name] / 1e6:.0f}M' for name in names)
+    print(f'{len(runs)} configs: {", ".join(f"{count} of {name}" for name, count in names.items())}')
     chance = f'{math.log(VOCAB_SIZE):.3f}'
-    print(f'{"config":43} {"block_types":44} {"comms":>5} {"all-reduces":>11} {"parameters":>12} '
+    print(f'{"":5} {"config":43} {"block_types":44} {"comms":>5} {"all-reduces":>11} {"parameters":>12} '
           f'{"loss at init / ln(vocab)":>25}')
-    for path in runs:
+    for i, path in enumerate(runs, 1):
+        print(f'{f"{i}/{len(runs)}":>5} {path:43}', end=' ', flush=True)  # the rest follows when it has run
         try:
             config, parameters, loss, observed = observe(path)
         except (SystemExit, ValueError) as error:
-            print(f'{path:43} {error}')
+            print(error)
             continue
         kinds = 'dense control' if config.tp_size == 1 else pattern(config.block_types)
         reduced = f'{observed.forward} + {observed.backward}'
-        print(f'{path:43} {kinds:44} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
+        print(f'{kinds:44} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
               f'{parameters:12,} {f"{loss:.3f} / {chance}":>25}', flush=True)
     print("\ncomms is the guide's count; all-reduces are those observed in a pass, forward + backward\n")
-    failures = {words: [line for path in runs if (line := failure(check, path))]
+    failures = {words.format(sizes): [line for path in runs if (line := failure(check, path))]
                 for words, check in CHECKS.items()}
     for words, lines in failures.items():
         print('FAIL' if lines else 'PASS', words, *lines, sep='\n     ' if lines else '  ')

@@ -5,7 +5,8 @@ What a sharded training step takes if the network counts: its all-reduces, a lin
 
     python -m speed.costmodel config/train_gpt2_*comm.py --gbit=25 --nodes=2 --gpus=8
 
-The command predicts what GPUs that are not here would take and gain. On real processes, `bench.py --shard`
+The command predicts what GPUs that are not here would take and gain, by falling number of all-reduces, with
+dense, data-parallel alone, and TP blocks alone beside what was named. On real processes, `bench.py --shard`
 measures every term of the formula, and the step time too.
 
 Assumptions
@@ -31,7 +32,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from configurator import begin_program, communications, fail, load
+from configurator import begin_program, communications, differences, fail, load, load_each
 
 # links and clusters
 
@@ -100,19 +101,21 @@ class Cluster:
 
 
 def parse_args(argv):
-    """(config files, a Cluster's fields as a dict, flags that are keys of the configs)"""
+    """(config files, a Cluster's fields as a dict, what is composed after each file: files, then flags)"""
     parser = argparse.ArgumentParser(
         prog='python -m speed.costmodel', description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='Any other --key=value is a key of the configs; see train.py --help.')
     parser.error = lambda message: fail(f'{message}; see python -m speed.costmodel --help')
     parser.add_argument('configs', nargs='+', help='run configs')
+    parser.add_argument('--with', dest='withs', metavar='FILE', action='append', default=[],
+                        help='a config file composed after each; may be repeated')
     for key in fields(Cluster):
         default = dict(required=True) if key.default is MISSING else dict(default=key.default)
         parser.add_argument(f'--{key.name}', type=key.type, **key.metadata, **default)
     args, flags = parser.parse_known_intermixed_args(argv)
     cluster = vars(args)
-    return cluster.pop('configs'), cluster, flags
+    return cluster.pop('configs'), cluster, [*cluster.pop('withs'), *flags]
 
 
 if __name__ == '__main__':
@@ -343,29 +346,40 @@ def print_layout(rows, control, cluster, across):
     """rows: (config, compute, messages) of each config; control: that of TP blocks alone."""
     where = f'tensor-parallel groups {"across" if across else "inside"} the nodes'
     try:
-        links = cluster.links(rows[0][0].tp_size, across)
+        links = {tp_size: cluster.links(tp_size, across) for tp_size in (1, control[0].tp_size)}
     except ValueError as error:
         return print(f'\n{where}: {error}')
     print(f'\n{where}; speed-up over TP blocks alone')
     print(f'{"config":28} {"comms":>5} {"compute":>10} {"predicted":>10} {"tokens/s":>10} {"speed-up":>9}')
-    slowest = predict(*control[1:], links)
+    slowest = predict(*control[1:], links[control[0].tp_size])
     for config, compute, messages in rows:
-        seconds = predict(compute, messages, links)
+        seconds = predict(compute, messages, links[config.tp_size])
         print(f'{config.wandb_run_name:28} {communications(config.block_types, config.tp_size):5} '
               f'{compute * 1e3:7,.0f} ms {seconds * 1e3:7,.0f} ms {step_tokens(config) / seconds:10,.0f} '
               f'{slowest / seconds:9.3f}')
 
 
+
 def main(argv):
     paths, cluster, flags = parse_args(argv)
-    configs = [load([path, *flags]) for path in paths] + [load([paths[0], *flags, '--block_types=tp'])]
-    first = configs[0]
-    for config in configs:
+    paths = [path for path in paths if load([path, *flags]).tp_size > 1]  # dense has a row of its own
+    if not paths:
+        fail('tp_size is 1 in every config, it must be above 1 in one')
+    alone = [paths[0], *flags, '--block_types=tp']
+    configs = load_each([*([path, *flags] for path in paths), alone, [*alone, '--tp_size=1']])
+    first, rows = configs[0], []
+    for config in configs[:-1]:
         if config.tp_size != first.tp_size:
             config.refuse(f'tp_size is {config.tp_size}, but {first.tp_size} in {paths[0]}; they must agree')
     with first.refusing():
         cluster = Cluster(**cluster)
-        *rows, control = [(config, *foresee(config, cluster)) for config in configs]
+        rows = [(config, *foresee(config, cluster)) for config in configs[:-1]]
+    rows.sort(key=lambda row: -by_kind(row[2])['forward'][0])
+    control = next(row for row in rows if not differences(vars(row[0]), vars(load(alone))))
+    try:
+        rows.insert(0, (configs[-1], *foresee(configs[-1], cluster)))
+    except ValueError as error:
+        print(f'dense: {error}')
     print(f'predicted: {cluster.gpus} GPUs at {cluster.gpu_tflops:g} TFLOP/s over {cluster.nodes} nodes, '
           f'{cluster.gbit:g} Gbit/s and {cluster.latency_us:g} us between nodes, {cluster.node_gbit:g} and '
           f'{cluster.node_latency_us:g} inside; tp_size {first.tp_size}, {first.dtype}, {first.batch_size} x '

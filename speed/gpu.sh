@@ -22,12 +22,13 @@ if [ -n "${SMALL:-}" ]; then
 fi
 mkdir -p "$out"
 
-# measure NAME ARGUMENT...: bench.py's output in $out/NAME.txt, and each config's profile in $out/NAME/
+# measure NAME ARGUMENT...: bench.py's output in $out/NAME.txt, its numbers in NAME.json, profiles in NAME/
 measure() {
     local name=$1
     shift
     [ -e "$out/$name.txt" ] && return
-    "$python" bench.py "$@" "${size[@]}" --rounds=$rounds --profile="$out/$name" | tee "$out/$name.part"
+    "$python" bench.py "$@" "${size[@]}" --rounds=$rounds --json="$out/$name.json" --profile="$out/$name" |
+        tee "$out/$name.part"
     mv "$out/$name.part" "$out/$name.txt"
 }
 

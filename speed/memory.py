@@ -2,8 +2,6 @@
 bench.py --kept: the memory that a step's forward pass keeps for its backward pass.
 """
 
-import json
-
 import torch
 import torch._dynamo
 
@@ -54,7 +52,7 @@ def bench_kept(configs, args):
     """
     Print what a micro-batch's forward pass keeps, and its sum with weights, gradients and moments.
 
-    float32 logits: how many float32 tensors of (B, T, V) are among what is kept.
+    float32 logits: how many float32 tensors of (B, T, V) are among what is kept. Returns the rows as dicts.
     """
     world = find_world(configs[0])
     rows = [measure(config, args.vocab_size, world) for config in configs]
@@ -64,4 +62,4 @@ def bench_kept(configs, args):
         row['ratio'] = row['step_gib'] / rows[0]['step_gib']
         print(f'{row["name"]:28} {row["kept_gib"]:10.3f} {row["step_gib"]:11.3f} {row["ratio"]:15.3f} '
               f'{row["float32_logits"]:15}')
-    print(json.dumps(rows))
+    return rows

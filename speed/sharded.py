@@ -2,7 +2,6 @@
 bench.py --shard: each config's step with its network and without, the links, and the cost model beside them.
 """
 
-import json
 import statistics
 
 import torch
@@ -61,7 +60,7 @@ def sharded_result(networked, alone, control, links, given):
 
 
 def print_predictions(results, args):
-    """Print measured and predicted steps, in milliseconds and as ratios to 24comm."""
+    """Print measured and predicted steps, in milliseconds and as ratios to TP blocks alone."""
     given = f'predicted at {args.gbit:g} Gbit/s, {args.latency_us:g} us' if args.gbit else ''
     print(f'{"config":28} {"comms":>5} {"compute":>9} {"in collectives":>15} {"measured":>9} '
           f'{"predicted":>10} {"ratio":>6} {"predicted":>10}  {given}')
@@ -78,11 +77,16 @@ def print_predictions(results, args):
 
 
 def bench_sharded(configs, args):
-    """Print what the configs' steps took over these processes, 24comm first, and what was predicted."""
+    """
+    Print what the configs' steps took over these processes, TP blocks alone first, and what was predicted.
+
+    Returns it as a dict on rank 0, None on the others.
+    """
     world = find_world(configs[0])
     for config in configs:
         if config.tp_size != configs[0].tp_size:
-            config.refuse(f'tp_size is {config.tp_size}, but {configs[0].tp_size} in the control, 24comm')
+            config.refuse(f'tp_size is {config.tp_size}, but {configs[0].tp_size} in the control, '
+                          f'{configs[0].wandb_run_name}')
     if world.processes == 1:
         fail('--shard needs more processes: torchrun --standalone --nproc_per_node=2 bench.py --shard ...')
     world = connect(configs[0], world)
@@ -94,8 +98,9 @@ def bench_sharded(configs, args):
     take_turns(candidates, args.rounds)
     keep_slowest(candidates, world)
     results = [sharded_result(*pair, pairs[0][0], links, given) for pair in pairs]
+    report = None
     if world.rank0:
-        print_results(results, configs[0], world, '24comm', args.rounds)
+        print_results(results, configs[0], world, 'TP', args.rounds)
         print('links:', '; '.join(f'{axis} {link}' for axis, link in links.items()))
         print_predictions(results, args)
         costmodel.print_messages([(row['name'], row['all_reduces']) for row in results])
@@ -103,6 +108,7 @@ def bench_sharded(configs, args):
         wte = model.transformer.wte.weight
         print(f'wte is replicated: {wte.nbytes / 1e6:,.4g} MB of the {4 * model.num_params() / 1e6:,.4g} MB '
               'of parameters that a process holds')
-        print(json.dumps(dict(processes=world.processes, backend=dist.get_backend(), wte_bytes=wte.nbytes,
-                              links={axis: link._asdict() for axis, link in links.items()}, configs=results)))
+        report = dict(processes=world.processes, backend=dist.get_backend(), wte_bytes=wte.nbytes,
+                      links={axis: link._asdict() for axis, link in links.items()}, configs=results)
     dist.destroy_process_group()
+    return report

@@ -53,11 +53,11 @@ def check_sharded(report, tokens):
     assert report['configs'][0]['ratio'] == 1
 
 
-def test_a_sharded_bench_is_consistent():
+def test_a_sharded_bench_is_consistent(tmp_path):
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4']
-    *_, last = run(*torchrun, 'bench.py', '--shard', 'config/train_gpt2_8comm.py', *TINY, '--gbit=2',
-                   '--latency_us=100')
-    report = json.loads(last)
+    run(*torchrun, 'bench.py', '--shard', 'config/train_gpt2_8comm.py', *TINY, '--gbit=2', '--latency_us=100',
+        f'--json={tmp_path}/report')
+    report = json.loads((tmp_path / 'report').read_text())
     assert report['processes'] == 4 and report['backend'] == 'gloo' and report['wte_bytes'] == 64 * 16 * 4
     check_sharded(report, tokens=2 * 2 * 8)  # of two replicas
     for row, all_reduces in zip(report['configs'], (24, 7), strict=True):
@@ -72,20 +72,20 @@ def test_a_sharded_bench_is_consistent():
         assert row['predicted_on_given_link'] == pytest.approx(row['compute_seconds'] + network)
 
 
-def test_a_simulated_bench_measures_the_dense_control_first(capsys):
-    bench.main(['config/train_gpt2_2comm.py', *TINY, '--textbook'])
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_a_simulated_bench_measures_the_dense_control_first(tmp_path):
+    bench.main(['config/train_gpt2_2comm.py', *TINY, '--textbook', f'--json={tmp_path}/report'])
+    rows = json.loads((tmp_path / 'report').read_text())
     assert [row['name'] for row in rows] == ['gpt2-cpu', 'gpt2-2comm-cpu', 'textbook']
     assert rows[0]['ratio'] == 1 and all(row['low'] <= row['ratio'] <= row['high'] for row in rows)
     assert all(row['tokens_per_sec'] == pytest.approx(16 / row['step_seconds']) for row in rows)
 
 
-def test_what_a_step_keeps_grows_by_the_same_with_every_window(capsys):
+def test_what_a_step_keeps_grows_by_the_same_with_every_window(tmp_path):
     """bench.py infers three windows from one and two; here they are run as well."""
     path = 'config/train_gpt2_8comm.py'
     shape = ['--tp_size=4', '--n_head=4', '--batch_size=3', '--n_layer=2', '--block_types=spd,parallel']
-    bench.main([path, '--kept', *TINY, *shape, '--vocab_size=320'])
-    dense, drifted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    bench.main([path, '--kept', *TINY, *shape, '--vocab_size=320', f'--json={tmp_path}/report'])
+    dense, drifted = json.loads((tmp_path / 'report').read_text())
     config = load([path, 'config/cpu.py', *TINY[2:-2], *shape])
     model = GPT(gpt_config(vars(config), vocab_size=320))
     kept = sum(tensor.untyped_storage().nbytes()
@@ -103,7 +103,16 @@ def test_the_control_is_dense_whatever_is_composed_after_it(tmp_path):
         configs = bench.load_configs(*bench.parse_args([first, '--with', str(other), '--merge=mean']))
         assert (configs[0].tp_size, configs[0].block_types[0]) == (1, 'tp')
         assert all(config.tp_size == 4 for config in configs[1:])
-    assert [config.wandb_run_name for config in configs] == ['gpt2-350M-other']  # its own control
+    assert [(config.wandb_run_name, config.n_layer) for config in configs] == [('dense', 24)]  # its own
+
+
+def test_rows_are_named_after_the_blocks_that_flags_give_them_and_measured_once():
+    given = [f'config/train_gpt2_{n}comm.py' for n in (24, 12)] + ['--block_types=tp,palm', '--n_layer=4']
+    for flags, control in ([], 'gpt2'), (['--shard'], 'tp x 4'):
+        configs = bench.load_configs(*bench.parse_args(given + flags))
+        assert [config.wandb_run_name for config in configs] == [control, '[tp, palm] x 2']
+    configs = bench.load_configs(*bench.parse_args([*CONTROL, '--shard', '--tp_size=4']))
+    assert [config.wandb_run_name for config in configs] == ['gpt2-124M-24comm']
 
 
 @pytest.mark.parametrize('flags, processes, words', [
@@ -119,6 +128,7 @@ def test_the_control_is_dense_whatever_is_composed_after_it(tmp_path):
     (['--shard', '--gbit=-1'], 1, '--gbit is -1, it must be above 0'),
     (['--shard', '--gbit=1', '--latency_us=-1'], 1, '--latency_us is -1, it must be at least 0'),
     (['--n_head=3'], 1, 'n_embd is 16, it must be a multiple of n_head, 3'),
+    (['--json=no/such/folder/file'], 1, '--json is no/such/folder/file'),
     (['--vocab_size=0'], 1, 'vocab_size is 0'),
     (['confg/train_gpt2.py'], 1, 'confg/train_gpt2.py'),
 ], ids=str)
@@ -147,12 +157,12 @@ def test_a_slow_link_is_refused_in_one_line(flags, words, monkeypatch):
 
 
 @needs_namespaces
-def test_a_slow_link_is_as_slow_as_asked():
-    first, *_, last = run('-m', 'speed.slow_link', '--gbit=1', '--latency_us=1000', *CONTROL, *TINY,
-                          '--n_layer=2', '--block_types=tp')
+def test_a_slow_link_is_as_slow_as_asked(tmp_path):
+    first, *_ = run('-m', 'speed.slow_link', '--gbit=1', '--latency_us=1000', *CONTROL, *TINY, '--n_layer=2',
+                    '--block_types=tp', f'--json={tmp_path}/report')
     if not first.startswith('link: veth'):
         pytest.skip(first)  # a kernel without veth or tbf: predicted, not measured
-    report = json.loads(last)
+    report = json.loads((tmp_path / 'report').read_text())
     check_sharded(report, tokens=2 * 8)
     # two messages of 1 ms one after the other, and no more than the rate; a busy machine is only slower
     assert report['links']['tp']['alpha'] > 0.9 * 2e-3 and report['links']['tp']['beta'] < 1.5 * 1e9 / 8
@@ -164,10 +174,11 @@ def test_a_link_that_cannot_be_made_is_called_predicted(monkeypatch, tmp_path):
     tc = tmp_path / 'tc'
     tc.write_text('#!/bin/sh\necho no such qdisc >&2\nexit 2\n')
     tc.chmod(0o755)
-    first, *_, last = run('-m', 'speed.slow_link', '--gbit=1', *CONTROL, *TINY, '--n_layer=2',
-                          '--block_types=tp', PATH=f'{tmp_path}:{os.environ["PATH"]}')
+    first, *_ = run('-m', 'speed.slow_link', '--gbit=1', *CONTROL, *TINY, '--n_layer=2', '--block_types=tp',
+                    f'--json={tmp_path}/report', PATH=f'{tmp_path}:{os.environ["PATH"]}')
     assert 'could not be made' in first and 'no such qdisc' in first and 'predicted' in first
-    assert json.loads(last)['configs'][0]['predicted_on_given_link'] > 0
+    report = json.loads((tmp_path / 'report').read_text())
+    assert report['configs'][0]['predicted_on_given_link'] > 0
 
 
 def processes_with(text):

@@ -104,6 +104,7 @@ def test_a_tp_size_that_fits_no_node_is_refused():
 @pytest.mark.parametrize('flags, words', [
     (['config/train_gpt2_2comm.py'], '--gbit'),
     (['config/train_gpt2_2comm.py', '--gbit=fast'], 'fast'),
+    (['config/train_gpt2.py', '--gbit=1'], 'tp_size is 1 in every config'),
     (['config/train_gpt2_2comm.py', '--gbit=1', '--gpus=14'], '480 windows'),
     (['--gbit=1', 'config/train_gpt2_2comm.py', '--nodse=2'], 'nodse'),
 ])
@@ -113,9 +114,18 @@ def test_the_command_refuses_in_one_line(flags, words):
     assert words in stopped.value.code and '\n' not in stopped.value.code
 
 
+def test_rows_are_named_after_the_blocks_that_flags_give_them(capsys):
+    costmodel.main(['config/train_gpt2.py', 'config/train_gpt2_24comm.py', '--with', 'config/cpu.py',
+                    '--gbit=1', '--n_layer=2', '--block_types=spd', '--gpus=4'])
+    table = capsys.readouterr().out.split('speed-up\n')[1].split('\n\n')[0]
+    assert [line[:28].strip() for line in table.splitlines()] == ['dense', 'tp x 2', 'spd x 2']
+
+
 def test_the_command_says_what_fewer_all_reduces_gain(capsys):
-    costmodel.main(['config/train_gpt2_24comm.py', 'config/train_gpt2_2comm.py', '--gbit=25'])
+    costmodel.main(['config/train_gpt2_2comm.py', 'config/train_gpt2_24comm.py', '--gbit=25'])
     across, inside = capsys.readouterr().out.split('tensor-parallel groups')[1:]
+    names = ['dense', 'gpt2-124M-24comm', 'gpt2-124M-2comm']  # by all-reduces, whatever the order given
+    assert [line.split()[0] for line in across.splitlines()[2:5]] == names
     config = load(['config/train_gpt2_2comm.py'])
     for text, layout in (across, True), (inside, False):
         times = [costmodel.predicted_seconds(load([f'config/train_gpt2_{n}comm.py']), Cluster(25), layout)

@@ -35,9 +35,11 @@ def test_command_lines(tmp_path):
     python, script, *args = sweep.command(run, resume=True, share=sweep.Share([], []))
     assert (python, script) == (sys.executable, str(sweep.ROOT / 'train.py'))
     config = sweep.load(args)  # as train.py reads it
-    assert (config.seed, config.init_from, config.out_dir) == (5, 'resume', str(run.out_dir))
-    launched = sweep.command(run, resume=False, share=sweep.Share(['6', '7'], []))
-    assert '--nproc_per_node=2' in launched and '--init_from=resume' not in launched
+    assert (config.seed, config.init_from, config.out_dir) == (5, 'auto', str(run.out_dir))
+    assert '--nproc_per_node=2' in sweep.command(run, resume=False, share=sweep.Share(['6', '7'], []))
+    run.config.init_from = 'gpt2'  # from a file, which a flag would overrule
+    assert not any('--init_from' in word for word in sweep.command(run, False, sweep.Share([], [])))
+    assert '--init_from=resume' in sweep.command(run, True, sweep.Share([], []))
 
 
 @pytest.mark.parametrize('jobs, gpus, cores, parts', [

@@ -332,7 +332,7 @@ def test_dry_run_shows_how_each_run_stands_and_its_command(tmp_path, monkeypatch
                          f'  resume, at step 20 of 400 steps: {runs[1].out_dir}',
                          f'  new, 400 steps: {runs[2].out_dir}']
     commands = [line for line in lines if 'train.py ' in line]
-    assert len(commands) == 5 and ['--init_from=resume' in line for line in commands] == [True] + [False] * 4
+    assert len(commands) == 5 and all('--init_from=auto' in line for line in commands)
 
     # pasted into a shell elsewhere, each does what the sweep would
     monkeypatch.setattr(sweep, 'find_cores', lambda: sorted(os.sched_getaffinity(0))[:1])
@@ -346,7 +346,7 @@ def test_dry_run_shows_how_each_run_stands_and_its_command(tmp_path, monkeypatch
     shell = subprocess.run(['bash', '-c', command], cwd='/', capture_output=True, text=True, check=True)
     core = min(os.sched_getaffinity(0))
     assert shell.stdout.splitlines() == [str(sweep.ROOT), f'{{{core}}}', '1', *runs[1].args,
-                                         '--init_from=resume']
+                                         '--init_from=auto']
 
 
 def test_dry_run_shows_a_sweep_that_runs_in_another_terminal(tmp_path):

@@ -34,7 +34,8 @@ def note(state, **line):
 FROM_ARGV = """
 from configurator import load
 config = vars(load(sys.argv[2:]))
-name, resume, out_dir = config['wandb_run_name'], config['init_from'] == 'resume', Path(config['out_dir'])
+name, out_dir = config['wandb_run_name'], Path(config['out_dir'])
+resume = (out_dir / 'ckpt.pt').exists()
 """
 
 
