@@ -125,15 +125,15 @@ class Forecast:
         return 'over ' * (len(known) < len(times)) + duration(makespan(known, self.jobs))
 
     def cost(self, times):
-        """The same, and the hours of GPUs or cores."""
+        """The same, and the hours of GPUs or cores, unless they are next to none."""
         hours = sum(filter(None, times)) * self.devices / self.jobs / 3600
-        return self.time(times) + f', {hours:,.1f} {self.unit}-hours' * any(times)
+        return self.time(times) + f', {hours:,.1f} {self.unit}-hours' * (hours >= 0.05)
 
     def basis(self):
         """What the times rest on, in words."""
         if not self.estimated:
             return 'at the speed of these runs so far'
-        return (f'an estimate if not measured: {MFU:.0%} of the peak of {self.gpu}, '
+        return (f'an estimate where no run has shown its speed: at {MFU:.0%} of the peak of {self.gpu}, '
                 f'{peak_of(self.gpu) / 1e12:g} TFLOP/s, whatever the blocks, without start-up and compiling')
 
 

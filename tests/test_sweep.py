@@ -18,7 +18,20 @@ from types import SimpleNamespace
 import pytest
 
 import sweep
-from toy_sweeps import CPU, EIGHT, TWELVE, names, new_sweep, planned, stand_in, start, swept
+from toy_sweeps import (
+    CPU,
+    EIGHT,
+    FROM_ARGV,
+    NOTE,
+    TWELVE,
+    names,
+    new_sweep,
+    planned,
+    stand_in,
+    start,
+    swept,
+    write_info,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -355,3 +368,33 @@ def test_a_sweep_of_one_step(tmp_path, monkeypatch, capsys):
                           'note("finished", iter=1, val_loss=5.5, val_tokens=9)')
     going = swept(runs)
     assert names(going.finished) == ['cpu', '12comm-cpu'] and 'val loss 5.5000' in capsys.readouterr().out
+
+
+# the same runs as a Slurm array
+
+
+@pytest.mark.parametrize('script, status, requeued', [
+    ('note("finished")', 0, False),
+    ('note("resumable", iter=3, val_loss=3.0)\nsys.exit(1)', 0, True),  # 75 is 1 under torchrun
+    ('note("running", iter=3, val_loss=3.0)\nos.kill(os.getpid(), 9)', 0, True),
+    ('note("failed", iter=3, val_loss=3.0)\nsys.exit(1)', 1, False),
+    ('sys.exit(1)', 1, False),  # refused: it would be so again, though the folder's run is resumable
+])
+def test_a_slurm_task_is_requeued_if_its_run_can_go_on(tmp_path, script, status, requeued):
+    (tmp_path / 'config').symlink_to(sweep.ROOT / 'config')
+    run = planned(tmp_path / 'out', '--seed=3,4', files=(EIGHT,), withs=())[-1]  # as the sweep names it
+    write_info(run, 'resumable', 2)
+    interpreter, scontrol = tmp_path / 'interpreter', tmp_path / 'scontrol'
+    interpreter.write_text(f'#!{sys.executable}\nimport os, sys\nif sys.argv[1] == "-c":\n'
+                           f'    os.execv({sys.executable!r}, [sys.executable, *sys.argv[1:]])\n'
+                           f'{NOTE}{FROM_ARGV}{script}\n')
+    scontrol.write_text('#!/bin/sh\necho "$@" > requeued\n')
+    for program in interpreter, scontrol:
+        program.chmod(0o755)
+    slurm = dict(SLURM_ARRAY_JOB_ID='7', SLURM_ARRAY_TASK_ID='5', SEED='4', GPUS='0', PYTHON=str(interpreter))
+    done = subprocess.run(
+        ['bash', str(sweep.ROOT / 'train.sbatch')], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=os.environ | slurm | dict(PYTHONPATH=str(sweep.ROOT), PATH=f'{tmp_path}:{os.environ["PATH"]}'))
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / 'requeued').exists() == requeued
+    assert not requeued or (tmp_path / 'requeued').read_text() == 'requeue 7_5\n'
