@@ -254,6 +254,7 @@ class Stream(NamedTuple):
     left: int  # sublayers still to come
     due: tuple = ()  # delayed syncs of variants.py; once s.left <= its left, enter(s) does and drops one
     carry: Any = None  # whatever a block hands to a later one
+    cache: Any = None  # this layer's KeyValues, for its attention; None: every token is in u
 
     def arrive(self, n):
         """n more sublayers have read u: do the delayed syncs now due; the model's last sync does the rest."""
@@ -296,6 +297,25 @@ class Stream(NamedTuple):
 # the sublayers, and the three blocks that differ in when they sync
 
 
+class KeyValues:
+    """The keys and values of one layer, kept while text is sampled, so that u need only have new tokens."""
+
+    def __init__(self, capacity):
+        self.capacity, self.length = capacity, 0  # in tokens
+        self.kept = None  # (2, B or L*B, heads, capacity, hd)
+
+    def extend(self, k, v):
+        """k, v of the next tokens (B or L*B, heads, T, hd) -> of all so far (B or L*B, heads, length, hd)"""
+        if self.kept is None:
+            self.kept = k.new_empty(2, *k.shape[:2], self.capacity, k.size(-1))
+        if self.length and k.size(-2) > 1:
+            raise ValueError('s.cache takes one token at a time now; a block gives it to self.attn once')
+        end = self.length + k.size(-2)
+        self.kept[0, :, :, self.length:end], self.kept[1, :, :, self.length:end] = k, v
+        self.length = end
+        return self.kept[:, :, :, :end]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, tp):
         super().__init__()
@@ -304,10 +324,16 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.dropout, self.tp = config.dropout, tp
 
-    def forward(self, u):
-        """u replicated (B, T, C) or drifted (L, B, T, C) -> RowProduct"""
+    def forward(self, u, cache=None):
+        """
+        u replicated (B, T, C) or drifted (L, B, T, C) -> RowProduct
+
+        cache: the KeyValues of the tokens before u, if any, to which u's are added; then T is 1.
+        """
         # a batch of B with the local ranks' heads side by side; drifted, a batch of L*B with H/R heads each
         q, k, v = (self.split_heads(part) for part in self.c_attn(u))  # (B or L*B, heads, T, hd)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         y = self.attend(q, k, v).transpose(1, 2)  # (B or L*B, T, heads, hd)
         return self.c_proj(y.reshape(*u.shape[:-1], -1))
 
@@ -317,9 +343,13 @@ class CausalSelfAttention(nn.Module):
         return part.reshape(-1, T, heads, self.head_size).transpose(1, 2)
 
     def attend(self, q, k, v):
-        """Causal softmax attention, scale 1/sqrt(hd). q, k, v and the result (B or L*B, heads, T, hd)"""
+        """
+        Causal softmax attention, scale 1/sqrt(hd). q, k, v and the result (B or L*B, heads, T, hd)
+
+        The q of one new token reads the k and v of all tokens up to it.
+        """
         if not (self.training and self.dropout > 0):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(-2) == k.size(-2))
         # fused kernels draw masks of their own; these are drawn by head, so that no tp_size changes them
         batch, heads, T, hd = q.shape
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)  # (B or L*B, heads, T, T)
@@ -368,7 +398,7 @@ class TPBlock(Block, name='tp'):
     """attention, sync, MLP, sync: Megatron-LM's layer. 2 sync points."""
 
     def forward(self, s):
-        s = s.sync(self.attn(self.ln_1(s.u)))
+        s = s.sync(self.attn(self.ln_1(s.u), s.cache))
         return s.sync(self.mlp(self.ln_2(s.u)))
 
 
@@ -376,7 +406,7 @@ class SPDBlock(Block, name='spd'):
     """attention, MLP, sync: Sync-Point Drop. 1 sync point."""
 
     def forward(self, s):
-        s = s.add(self.attn(self.ln_1(s.u)))
+        s = s.add(self.attn(self.ln_1(s.u), s.cache))
         return s.sync(self.mlp(self.ln_2(s.u)))
 
 
@@ -384,7 +414,7 @@ class ParallelBlock(Block, name='parallel'):
     """attention, MLP: the ranks drift apart until a later block syncs. Not PaLM's attention beside MLP."""
 
     def forward(self, s):
-        s = s.add(self.attn(self.ln_1(s.u)))
+        s = s.add(self.attn(self.ln_1(s.u), s.cache))
         return s.add(self.mlp(self.ln_2(s.u)))
 
 
@@ -514,23 +544,27 @@ class GPT(nn.Module):
             else:
                 p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if 'c_proj' in name else 0.02)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """
         idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, loss)
 
         loss: the mean cross-entropy, in nats per token, over the targets that are not -1.
+        cache: a KeyValues per layer, of the tokens before idx, which joins them; logits (B, 1, V) of its last
         """
-        T = idx.size(1)
-        assert T <= self.config.block_size, f'{T} tokens, block_size is {self.config.block_size}'
-        c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
+        start = cache[0].length if cache else 0
+        end = start + idx.size(1)
+        assert end <= self.config.block_size, f'{end} tokens, block_size is {self.config.block_size}'
+        c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))
         c = F.dropout(enter_stream(self.config.embed_scale * c, self.tp), self.config.dropout, self.training)
         stream = Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge, 2 * self.config.n_layer)
-        for block in self.transformer.h:
-            stream = block(stream)
+        for i, block in enumerate(self.transformer.h):
+            stream = block(stream._replace(cache=cache[i]) if cache else stream)
         stream = stream.sync()
         ln_f = self.transformer.ln_f
         weight, bias = enter_stream(ln_f.weight, self.tp), enter_stream(ln_f.bias, self.tp)
         x = F.layer_norm(stream.c, ln_f.normalized_shape, weight, bias, ln_f.eps)  # replicated (B, T, C)
+        if cache:
+            x = x[:, -1:]
         if targets is None:
             # logits read all rows: a whole gradient. the sharded loss reads this rank's rows: a part
             return F.linear(x, enter_stream(self.lm_head.weight, self.tp)), None
@@ -576,11 +610,36 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), each token sampled given at most block_size before it."""
-        training = self.training
+        """
+        idx (B, T) -> (B, T + max_new_tokens), each token sampled given at most block_size before it.
+
+        A list of prompts (T,) gives a list; those of one length are sampled together.
+
+        A step computes one token, with the keys and values of those before it. Beyond block_size it computes
+        its whole window, where every token has another position than before; so it does for a block that
+        does not give s.cache to its attention.
+        """
+        if isinstance(idx, list):
+            texts = {}
+            for length in sorted({len(prompt) for prompt in idx}):
+                rows = [i for i, prompt in enumerate(idx) if len(prompt) == length]
+                batch = torch.stack([idx[i] for i in rows])
+                texts.update(zip(rows, self.generate(batch, max_new_tokens, temperature, top_k)))
+            return [texts[i] for i in range(len(idx))]
+        training, block_size = self.training, self.config.block_size
         self.eval()
+        cache = [KeyValues(min(idx.size(1) + max_new_tokens, block_size)) for _ in self.transformer.h]
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1].float() / temperature  # (B, V)
+            window = idx[:, -block_size:]  # (B, S)
+            if idx.size(1) > block_size:
+                cache = []
+            if cache:
+                logits = self(window[:, cache[0].length:], cache=cache)[0]  # (B, 1, V)
+            if any(layer.length != window.size(1) for layer in cache):  # a block has left s.cache out
+                cache = []
+            if not cache:
+                logits = self(window)[0]  # (B, S, V)
+            logits = logits[:, -1].float() / temperature  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)

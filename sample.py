@@ -3,16 +3,19 @@ Text from a trained run.
 
     python sample.py --out_dir=out/gpt2-12comm-cpu --start="def main(" --num_samples=3
     python sample.py --out_dir=out/gpt2-12comm-cpu --start=FILE:prompt.txt --checkpoint=ckpt-best.pt
+    torchrun --standalone --nproc_per_node=2 sample.py --shard=True --prompt=def --out_dir=...
 
-The checkpoint says which tokenizer, block_types and tp_size it was trained with.
+The checkpoint says which tokenizer, block_types and tp_size it was trained with. With --shard=True each
+process holds one tensor-parallel rank, and draws the text that one process simulating all would draw.
 """
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
-from configurator import begin_program, complete, fail
+from configurator import Config, begin_program, complete, fail
 
 
 def parse_args(argv):
@@ -20,13 +23,18 @@ def parse_args(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--out_dir', required=True, help="the run's folder")
     parser.add_argument('--checkpoint', default='ckpt.pt', help='a file in it: ckpt.pt, ckpt-best.pt')
-    parser.add_argument('--start', default='\n', help='the text to continue, or FILE:path')
+    # torchrun would take --start for an abbreviation of a flag of its own
+    parser.add_argument('--start', '--prompt', action='append',
+                        help='a text to continue, or FILE:path; may be repeated')
     parser.add_argument('--num_samples', type=int, default=3)
     parser.add_argument('--max_new_tokens', type=int, default=300)
     parser.add_argument('--temperature', type=float, default=0.8, help='below 1 is more cautious')
     parser.add_argument('--top_k', type=int, default=200, help='only the k likeliest tokens; 0: all')
     parser.add_argument('--seed', type=int, default=1337)
     parser.add_argument('--device', help='default: cuda if there is one, else cpu')
+    parser.add_argument('--tp_size', type=int, help="number of tensor-parallel ranks; default: the run's")
+    parser.add_argument('--shard', choices=('True', 'False'), default='False',
+                        help='one tensor-parallel rank per process')
     parser.error = lambda message: fail(f'{message}; see python sample.py --help')
     args = parser.parse_args(argv)
     for key, fits, wanted in (('temperature', 1e-3 <= args.temperature < math.inf, 'at least 0.001'),
@@ -44,57 +52,88 @@ if __name__ == '__main__':
     parse_args(sys.argv[1:])  # --help and mistakes are reported before torch is loaded
 
 import torch
+import torch.distributed as dist
 
 from data.corpus import load_tokenizer
 from model import GPT
 from training import checkpoint
+from training.distributed import World, connect, lay_out, read_environment
 from variants import gpt_config
 
 
 def find_device(name):
     """The torch.device of that name; None: a GPU if there is one. Ends the program if it is missing."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name == 'cuda':
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f'--device is {name}, which this machine or this torch does not have; try --device=cpu')
 
 
-def load_model(path, device):
+def load_run(path, flags):
     """
-    (model, meta): a checkpoint's network, and the meta.json of its corpus.
+    (config, model, meta): a checkpoint's keys with the flags, its dense network, and its corpus's meta.json.
 
     Raises FileNotFoundError, or ValueError or RuntimeError if it is no checkpoint of a network.
     """
     saved = checkpoint.load(path)
-    model = GPT(gpt_config(complete(saved['config']), saved['vocab_size']))
+    config = Config(**complete(saved['config']) | flags)
+    config.sources = {key: 'sample.py' if key in flags else path for key in vars(config)}
+    model = GPT(gpt_config(vars(config), saved['vocab_size']))
     model.load_state_dict(saved['model'])
-    return model.to(device).eval(), saved['corpus']
+    return config, model.eval(), saved['corpus']
+
+
+def find_world(config, device):
+    """The World of this process, joined if there are others. Refuses processes that would do nothing."""
+    process, processes = read_environment()
+    world = World(process, processes, lay_out(config, processes), device)
+    if processes != world.tp_processes:
+        config.refuse(f'{processes} processes were started, must be {world.tp_processes}: tp_size if shard '
+                      'is True, else one')
+    return connect(config, world) if processes > 1 else world
+
+
+def encode(start, tokenizer):
+    """The tokens of a start. Raises OSError if its file cannot be read, ValueError if it is empty."""
+    if start.startswith('FILE:'):
+        start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+    if not start:
+        raise ValueError('--start is empty; the model needs at least one token to continue')
+    return torch.tensor(tokenizer.encode(start))
 
 
 def main(argv):
     args = parse_args(argv)
     device = find_device(args.device)
+    # what the run says of training does not count here
+    flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_drift=False, dtype='float32',
+                 backend=None)
+    if args.tp_size is not None:
+        flags['tp_size'] = args.tp_size
     try:
-        model, meta = load_model(Path(args.out_dir) / args.checkpoint, device)
+        config, model, meta = load_run(Path(args.out_dir) / args.checkpoint, flags)
         tokenizer = load_tokenizer(meta)
-        start = args.start
-        if start.startswith('FILE:'):
-            start = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
-        prompt = tokenizer.encode(start)
+        prompts = [encode(start, tokenizer).to(device) for start in args.start or ['\n']]
     except OSError as error:
         fail(f'{error.filename}: {error.strerror}' if error.filename else str(error))
     except (ValueError, RuntimeError) as error:
         fail(str(error))
-    if not prompt:
-        fail('--start is empty; the model needs at least one token to continue')
-    torch.manual_seed(args.seed)
-    idx = torch.tensor([prompt] * args.num_samples, device=device)  # (B, T)
-    idx = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k or None)
-    for tokens in idx.tolist():
+    world = find_world(config, device)
+    model = (model if world.tp is None else model.shard(world.tp)).to(device)
+    if max(map(len, prompts)) + args.max_new_tokens > config.block_size and world.rank0:
+        print(f'block_size is {config.block_size}; after so many tokens, each recomputes its window',
+              file=sys.stderr)
+    torch.manual_seed(args.seed)  # every process draws the same, from the same logits
+    prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    for tokens in model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k or None):
         # the model's vocabulary is rounded up: tokens beyond the tokenizer's have no text
-        print(tokenizer.decode([token for token in tokens if token < meta['vocab_size']]))
-        print('---------------')
+        world.say(tokenizer.decode([token for token in tokens.tolist() if token < meta['vocab_size']]),
+                  '---------------')
+    if world.processes > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':

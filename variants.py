@@ -23,7 +23,7 @@ class AttentionSPDBlock(Block, name='attn_spd'):
     """attention, sync, MLP: the complement of Sync-Point Drop. 1 sync point; the MLP waits for the next."""
 
     def forward(self, s):
-        s = s.sync(self.attn(self.ln_1(s.u)))
+        s = s.sync(self.attn(self.ln_1(s.u), s.cache))
         return s.add(self.mlp(self.ln_2(s.u)))
 
 
@@ -35,7 +35,7 @@ class PaLMBlock(Block, name='palm'):
     """
 
     def forward(self, s):
-        return s.sync(self.attn(self.ln_1(s.u)), self.mlp(self.ln_2(s.u)))
+        return s.sync(self.attn(self.ln_1(s.u), s.cache), self.mlp(self.ln_2(s.u)))
 
 
 class FALBlock(Block, name='fal'):
@@ -47,8 +47,8 @@ class FALBlock(Block, name='fal'):
 
     def forward(self, s):
         if s.carry is not None:
-            return s.sync(self.attn(self.ln_1(s.u)), self.mlp(self.ln_2(s.u + s.carry)))
-        before, s = s.c, s.sync(self.attn(self.ln_1(s.u)))
+            return s.sync(self.attn(self.ln_1(s.u), s.cache), self.mlp(self.ln_2(s.u + s.carry)))
+        before, s = s.c, s.sync(self.attn(self.ln_1(s.u), s.cache))
         a = F.layer_norm(s.c - before, before.shape[-1:])  # replicated (B, T, C)
         # backward, this layer's MLP does without the all-reduce
         s = s._replace(carry=f_op(a, s.tp, kind='hidden'))
@@ -66,7 +66,7 @@ class StaleBlock(Block, name='stale'):
         types, i = self.config.block_types, self.layer
         stale = s.carry if i > 0 and types[i - 1] == 'stale' else s.u
         kind = 'hidden' if 'stale' in types[i + 1:i + 2] else 'blocking'
-        s = s.sync(self.attn(self.ln_1(stale)), self.mlp(self.ln_2(s.u)), kind=kind)
+        s = s.sync(self.attn(self.ln_1(stale), s.cache), self.mlp(self.ln_2(s.u)), kind=kind)
         return s._replace(carry=stale)
 
 
@@ -96,7 +96,7 @@ class LadderBlock(Block, name='ladder'):
     """
 
     def forward(self, s):
-        s = self.late_sync(s, self.attn(self.ln_1(s.u)))
+        s = self.late_sync(s, self.attn(self.ln_1(s.u), s.cache))
         return self.late_sync(s, self.mlp(self.ln_2(s.u)))
 
     def late_sync(self, s, product):
@@ -115,7 +115,7 @@ class DTPBlock(Block, name='dtp'):
     """
 
     def forward(self, s):
-        s = self.delay(s, self.attn(self.ln_1(s.u)))
+        s = self.delay(s, self.attn(self.ln_1(s.u), s.cache))
         return self.delay(s, self.mlp(self.ln_2(s.u)))
 
     def delay(self, s, product):
@@ -146,7 +146,7 @@ class CAATBlock(Block, name='caat'):
     """
 
     def forward(self, s):
-        s = self.sync_share(s, self.attn(self.ln_1(s.u)))
+        s = self.sync_share(s, self.attn(self.ln_1(s.u), s.cache))
         return self.sync_share(s, self.mlp(self.ln_2(s.u)))
 
     def sync_share(self, s, product):

@@ -79,13 +79,17 @@ def gradients(net, config, world):
 
 def compute(config, world, dropout, micro_batches):
     """
-    (gradients of a step in float64, loss and norm of it and of STEPS steps in float32, the latter's Network)
+    (gradients of a step in float64 and a text, loss and norm of it and of STEPS steps in float32, whose
+    Network)
 
     The float64 step accumulates; a float32 one has micro_batches, over all processes.
     """
     config.dropout = dropout
     first, accumulated = gradients(build(config, world, torch.float64), config, world)
     config.dropout = 0.0
+    model = build(config, world, torch.float64).raw_model
+    torch.manual_seed(3)
+    first['text'] = model.generate(torch.arange(2 * B).view(B, 2), T)  # beyond block_size
     net = build(config, world, torch.float32)
     steps = [train_step(net, batches(step, world, micro_batches), 1e-3, config, world)[:2]
              for step in range(STEPS)]
@@ -97,6 +101,7 @@ def check_config(config, world, dropout, expected):
     what = f'{config.wandb_run_name}, bias {config.bias}'
     ours, steps, net = compute(config, world, dropout, world.ddp_size)
     assert ours.keys() == expected[0].keys()
+    assert torch.equal(ours.pop('text'), expected[0].pop('text')), what
     for key, simulated in expected[0].items():
         far = (ours[key] - simulated).abs().max() / simulated.abs().max().clamp(min=1e-12)
         assert far < 1e-9 or simulated.abs().max() < 1e-12, f'{what}: {key} is off by {far}'

@@ -340,6 +340,11 @@ def shard_and_compare(rank, address):
         torch.manual_seed(5)
         logits = dense.eval()(batch()[0])[0]
         torch.testing.assert_close(mine.eval()(batch()[0])[0], logits, rtol=0, atol=1e-9)
+        texts = []
+        for model in dense, mine:
+            torch.manual_seed(5)
+            texts.append(model.generate(batch()[0][:, :2], T))  # beyond block_size
+        assert torch.equal(*texts), named((types, settings))
     dist.destroy_process_group()
 
 

@@ -4,9 +4,14 @@ Text from a trained run.
     python -m pytest tests/test_sample.py
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 import sample
+from configurator import ROOT
 
 
 def test_a_run_writes_on_from_a_start(undisturbed, tmp_path, capsys):
@@ -21,9 +26,22 @@ def test_a_run_writes_on_from_a_start(undisturbed, tmp_path, capsys):
     assert len(first) > len('def main(') and first != second and texts[0] == texts[1] != texts[2]
 
 
+def test_sharded_text_is_the_simulated_text_of_the_seed_and_one_process_prints_it(undisturbed, capsys):
+    flags = [f'--out_dir={undisturbed}', '--prompt=def main(', '--prompt=import', '--num_samples=2',
+             '--max_new_tokens=40', '--tp_size=2', '--device=cpu']
+    sample.main(flags)
+    simulated = capsys.readouterr().out
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    done = subprocess.run([*torchrun, 'sample.py', *flags, '--shard=True'], cwd=ROOT, capture_output=True,
+                          text=True, timeout=100, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert simulated.count('---------------\n') == 4 and done.stdout == simulated, done.stderr[-3000:]
+    assert done.stderr.count('each recomputes its window') == 1
+
+
 @pytest.mark.parametrize('flag, words', [
     ('--temperature=1e-45', '--temperature is 1e-45, it must be at least 0.001'),
-    ('--tempreture=1', '--tempreture=1'),
+    ('--tempreture=1', '--tempreture=1'), ('--tp_size=3', 'tp_size is 3, it must divide n_head, 8'),
+    ('--shard=True', 'shard is True, which takes a multiple of tp_size, 2, processes, not 1'),
     ('--checkpoint=ckpt-first.pt', 'ckpt-first.pt: No such file'), ('--start=', '--start is empty')])
 def test_a_mistake_in_a_flag_of_sample_gets_one_line(undisturbed, flag, words):
     with pytest.raises(SystemExit) as stopped:
