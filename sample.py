@@ -109,7 +109,7 @@ def main(argv):
     args = parse_args(argv)
     device = find_device(args.device)
     # what the run says of training does not count here
-    flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_drift=False, dtype='float32',
+    flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_diagnostics=False, dtype='float32',
                  backend=None)
     if args.tp_size is not None:
         flags['tp_size'] = args.tp_size
