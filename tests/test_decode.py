@@ -7,7 +7,7 @@ Decoding: a token computed alone, with the keys and values of those before it, i
 import pytest
 import torch
 
-from configurator import COMMUNICATIONS
+import configurator
 from model import Block, KeyValues
 from test_rivals import ALONE, MERGED, MIXES, V, build, named
 
@@ -73,7 +73,7 @@ def test_a_block_that_leaves_the_cache_out_samples_as_well(own_blocks):
             s = s.add(self.attn(self.ln_1(s.u), s.cache))
             return s.sync(self.attn(self.ln_2(s.u), s.cache))
 
-    COMMUNICATIONS.update(uncached=1, twice=1)
+    configurator.COMMUNICATIONS.update(uncached=1, twice=1)
     model = build(['spd', 'uncached'], 2, block_size=T).eval()
     torch.manual_seed(3)
     assert torch.equal(model.generate(tokens()[:, :PROMPT], 8),
