@@ -79,7 +79,9 @@ def figure(rows, title, sheet, size, panels=1, columns=1, seeds=None, **shared):
     for unused in grid.flat[panels:]:
         unused.remove()
     if not sheet.paper:
-        fig.suptitle(f'{title}\n' + '\n'.join(textwrap.wrap(described(rows, seeds), 110)))
+        room = min(110, int(13 * size[0]))  # characters
+        lines = textwrap.wrap(title, room) + textwrap.wrap(described(rows, seeds), room)
+        fig.suptitle('\n'.join(lines))
     return fig, list(grid.flat[:panels])
 
 

@@ -133,7 +133,7 @@ HEADINGS = dict(rivals='All by observed all-reduces, with the bytes of a step:',
 
 def methods(margin):
     """How to read the numbers, as sentences."""
-    return ['Loss in nats per token after the last step, mean over seeds. Differences are paired by seed. '
+    return ['Loss in nats per token after the steps above, mean over seeds. Differences are paired by seed. '
             'Their 95% intervals and bounds come from one spread for all configs of a recipe. Better: below '
             "dense, Dunnett's p < 0.05. As good: the one-sided 95% upper bound is below the margin, "
             f'{margin:g}. Worse: the lower bound is above it. The answer is the last config, from most '

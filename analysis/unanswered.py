@@ -70,7 +70,7 @@ def open_questions(found, command):
         listed.append(Open(
             'each config at its own best learning rate',
             sweep(dense, ALL, seed='1,2', learning_rate=grid)
-            + '; compare.py --tuned=learning_rate --tuning_seeds=1,2'))
+            + ' && python compare.py --tuned=learning_rate --tuning_seeds=1,2'))
     for row in rows:
         if row.tuning and row.tuning.missing:
             seeds = ','.join(map(str, found.tuned.tuning_seeds))
@@ -80,7 +80,8 @@ def open_questions(found, command):
     if not found.floors:
         listed.append(Open('the noise floor', sweep(dense, seed='1,2,3') + ' --floor'))
     if not any(in_scope(row.first) for row in rows):
-        listed.append(Open(f"the guide's thresholds, which are for {GUIDE_SCOPE}", 'python sweep.py'))
+        listed.append(Open(f"the guide's thresholds, which are for {GUIDE_SCOPE}",
+                           'python sweep.py --max_iters=20000'))
     if not any(one.kind == 'placement' for one in found.comparisons):
         listed.append(Open('placement: no two have the same blocks in another order',
                            sweep(dense, 'config/train_gpt2_14comm_*.py')))

@@ -317,7 +317,7 @@ def test_open_questions_come_with_commands_of_the_same_recipe(tmp_path):
     commands = {question: command for question, command in opened}
     assert commands['each config at its own best learning rate'] == (
         'python sweep.py config/train_gpt2_*comm.py --with config/cpu.py --n_embd=128 --seed=1,2 '
-        '--learning_rate=0.001,0.002,0.004; compare.py --tuned=learning_rate --tuning_seeds=1,2')
+        '--learning_rate=0.001,0.002,0.004 && python compare.py --tuned=learning_rate --tuning_seeds=1,2')
     assert 'python compare.py out --link=25,30' in commands.values()
 
 

@@ -11,11 +11,12 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import compare
 from analysis import findings, plots, runs
-from analysis.figures import REPORT, Sheet
+from analysis.figures import REPORT, Sheet, panels
 from configurator import ROOT
 from written_runs import (
     DENSE,
@@ -230,6 +231,14 @@ def test_a_papers_figure_has_its_width_and_no_title(tmp_path, plot):
         sizes = {text.get_fontsize() for ax in fig.axes for text in (*ax.texts, ax.xaxis.label, ax.title,
                                                                      *ax.get_xticklabels())}
     assert sizes <= {7, 8}
+
+
+def test_a_reports_title_fits_a_narrow_figure(tmp_path):
+    write_rivals(tmp_path)
+    with plots.settings(REPORT):
+        fig, _ = panels(found_under(tmp_path).rows[:1], 'Some words of a title ' * 5, 'unit', REPORT)
+        box = fig._suptitle.get_window_extent(FigureCanvasAgg(fig).get_renderer())
+    assert 0 < box.x0 and box.x1 < fig.bbox.width
 
 
 @pytest.mark.parametrize('flags, message', [
