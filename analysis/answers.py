@@ -24,10 +24,10 @@ from analysis.findings import (
     gap_to_dense,
     highest_norm,
     in_scope,
-    largest_drift,
     step_ratio,
     time_ratio,
 )
+from analysis.inside import inside
 from analysis.runs import SPIKE, estimate, paired, to_dense
 from analysis.verdicts import ALPHA, PASSES
 
@@ -401,17 +401,6 @@ def overfitting(found):
     return lines + ['validation loss ends above its lowest in: ' + (', '.join(risen) or 'none of them')]
 
 
-def drifting(found):
-    """How far the ranks' streams drift apart."""
-    sizes = {row: drift for row in found.rows if (drift := row.mean(largest_drift)) is not None}
-    lines = []
-    for curve in curves(list(sizes)):
-        numbers = ', '.join(f'{row.counted}: {sizes[row]:.2f}' for row in curve)
-        lines.append(f'{curve_name(curve[0])}, largest ||d_r|| / ||c|| by communications: {numbers}')
-    return lines + ['that drift goes along with a difference in loss does not make it the cause'
-                    ] * bool(lines)
-
-
 def trends(found, regressor):
     """Whether the difference rises or falls with the width, or with the tokens."""
     lines, widest = [], 0
@@ -493,6 +482,6 @@ def answers(found):
         Answered("Merge: the mean of the ranks' additions, or their sum?", pairs(found, 'merge')),
         Answered("Which sync matters: the MLP's dropped instead of attention's?", pairs(found, 'sync')),
         Answered('Does it matter how many ranks there are?', pairs(found, 'tp_size')),
-        Answered("Drift: how far do the ranks' streams come apart?", drifting(found)),
+        Answered('What happens inside: what separates the configs?', inside(found)),
         Answered('Identity check: all layers tp', identity(found.rows))]
     return [one for one in every if one.lines]

@@ -398,15 +398,6 @@ def highest_norm(row):
     return max((norm for run in row.runs.values() for norm in run.grad_norms), default=None)
 
 
-def drift_of(run):
-    """The (drift, cosine) lists of a run's last evaluation, see training/drift.py; None if not logged."""
-    return (run.last['drift'], run.last['drift_cosine']) if 'drift' in run.last else None
-
-
-def largest_drift(run):
-    return max(drift_of(run)[0]) if drift_of(run) else None
-
-
 # all of it
 
 

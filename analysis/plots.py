@@ -50,7 +50,8 @@ from analysis.training_plots import (
     plot_curves,
     plot_difference_curves,
     plot_drift,
-    plot_drift_cosine,
+    plot_lone_ranks,
+    plot_ranks_apart,
     plot_speed,
     plot_stability,
 )
@@ -464,7 +465,8 @@ PLOTS = dict(
     loss_vs_communications=plot_tradeoff, paired_differences=plot_differences, pairs=plot_pairs,
     rivals_by_bytes=plot_rivals_by_bytes, rivals_by_blocking=plot_rivals_by_blocking,
     tuning=plot_tuning, placement=plot_placement, pareto=plot_pareto,
-    width_trend=plot_width, drift=plot_drift, drift_cosine=plot_drift_cosine, training_curves=plot_curves,
+    width_trend=plot_width, ranks_apart=plot_ranks_apart, lone_ranks=plot_lone_ranks, drift=plot_drift,
+    training_curves=plot_curves,
     difference_by_step=plot_difference_curves, stability=plot_stability, tokens_per_sec=plot_speed)
 
 

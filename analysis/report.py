@@ -143,8 +143,10 @@ def methods(margin):
             'MB a step: of the residual stream, forward and backward, all tokens of a step, each message '
             'counted once. A blocking all-reduce is waited for by the very next sublayer, a hidden one is '
             'not. Pairs at an equal number of all-reduces are adjusted by Holm among themselves. '
-            f'Gradient norms are those after warmup, before clipping. A loss spike is {SPIKE}. Drift is '
-            '||d_r|| / ||c|| at the last evaluation, the largest of all sublayers, mean over seeds.']
+            f'Gradient norms are those after warmup, before clipping. A loss spike is {SPIKE}. '
+            "Dispersion is the part of the ranks' streams that is not common to them, "
+            'sum_r ||u_r - mean u||^2 / sum_r ||u_r||^2, at the last evaluation, the largest of all '
+            'sublayers, mean over seeds.']
 
 
 def markdown(found, report, plots):

@@ -11,10 +11,10 @@ from analysis.findings import (
     exact_rivals,
     gap_to_dense,
     highest_norm,
-    largest_drift,
     step_ratio,
     time_ratio,
 )
+from analysis.inside import largest_dispersion
 from analysis.runs import OTHER_VARIED, to_dense
 from analysis.tuning import common_values
 
@@ -51,7 +51,8 @@ def record(row, found):
         gap_difference=gap and gap.mean, gap_half_interval=gap and gap.half,
         highest_grad_norm=highest_norm(row),
         loss_spikes=sum(len(run.spikes) for run in row.runs.values()),
-        skipped_steps=sum(run.skipped for run in row.runs.values()), largest_drift=row.mean(largest_drift),
+        skipped_steps=sum(run.skipped for run in row.runs.values()), 
+        largest_dispersion=row.mean(largest_dispersion),
         predicted_seconds=row.seconds, tokens_per_sec=row.mean(lambda run: run.tokens_per_sec),
         n_embd=row.first.config['n_embd'], parameters=row.first.info['parameters'], corpus=corpus['corpus'],
         tokenizer=corpus['tokenizer'], max_iters=row.first.config['max_iters'])
@@ -167,7 +168,7 @@ def more_columns(found):
         'highest grad norm': lambda row, own: number(own['highest_grad_norm'], '.2f'),
         'spikes': lambda row, own: str(own['loss_spikes']),
         'skipped': lambda row, own: str(own['skipped_steps']),
-        'largest drift': lambda row, own: number(own['largest_drift'], '.2f'),
+        'largest dispersion': lambda row, own: number(own['largest_dispersion'], '.3f'),
         'tokens/s': lambda row, own: number(own['tokens_per_sec'], ',.0f')}
     return table
 

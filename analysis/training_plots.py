@@ -10,7 +10,7 @@ import statistics
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from analysis.figures import REPORT, draw, figure, forest_height, loss_unit, panels, short_label
-from analysis.findings import drift_of, largest_drift
+from analysis.inside import diagnosed
 from analysis.runs import simulated, to_dense
 
 POINTS = 100  # of a line, at most: enough for a panel, and the file stays small
@@ -94,6 +94,13 @@ def plot_difference_curves(found, sheet=REPORT):
     return fig
 
 
+def log_scale(ax):
+    """Have axes, and those that share its heights, on a log scale with plain numbers."""
+    ax.set_yscale('log')
+    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
+    ax.minorticks_off()
+
+
 def plot_stability(found, sheet=REPORT):
     """Every run's gradient norm by step before clipping, its loss spikes as triangles; dense is grey."""
     shown = [row for row in found.rows if any(run.series('grad_norm') for run in row.runs.values())]
@@ -101,9 +108,7 @@ def plot_stability(found, sheet=REPORT):
         return None
     fig, axes = panels(shown, 'Stability: gradient norm of each run before clipping; a triangle is a loss '
                        'spike; grey is dense', 'gradient norm', sheet)
-    axes[0].set_yscale('log')
-    axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter='{x:g}')
-    axes[0].minorticks_off()
+    log_scale(axes[0])
     for ax, row in zip(axes, shown):
         norms = mean_curve(run.series('grad_norm').items() for run in controls(row))
         draw(ax, thinned(norms), color='0.7', linewidth=2.5)
@@ -140,38 +145,106 @@ def plot_speed(found, sheet=REPORT):
     return fig
 
 
-def drift_panels(found, sheet, title, unit, which):
+# against depth
+
+DEPTH = 'depth in layers: what attention reads at whole numbers, what the MLP reads at halves'
+
+
+def by_depth(values):
+    """A list over sublayers as a curve [(depth in layers, value)]."""
+    return [(i / 2, value) for i, value in enumerate(values) if value is not None]
+
+
+def depth_panels(found, title, units, sheet):
     """
-    (figure, axes) of the first or second list of drift_of(), mean over runs, against depth; (None, []) if
-    nothing drifts. A sublayer that reads a replicated stream has no point.
+    (figure, [(row's measures, dense's, upper axes, lower axes)]) of the rows with diagnostics, (None, []) if
+    there are none. The dense control has panels of its own only if it is alone. units: of upper and lower
     """
-    measured = {row: list(row.values(drift_of).values()) for row in found.rows
-                if row.mean(largest_drift)}
-    if not measured:
+    measured = {row: own for row in found.rows if (own := diagnosed(row))}
+    shown = [row for row in measured if not row.dense] or list(measured)
+    if not shown:
         return None, []
-    fig, axes = panels(list(measured), title, unit, sheet,
-                       'depth in layers: what attention reads at whole numbers, what the MLP reads at halves')
-    for ax, runs in zip(axes, measured.values()):
-        means = [statistics.mean(values) if all(values) else math.nan
-                 for values in zip(*(run[which] for run in runs))]
-        ax.plot([i / 2 for i in range(len(means))], means, 'o-', color='black', markersize=2.5, linewidth=0.8)
-    return fig, axes
+    columns = min(len(shown), max(2, int(sheet.width / 1.6)) if sheet.paper else 5)
+    bands = math.ceil(len(shown) / columns)
+    size = sheet.size(max(8, 2.2 * columns), 1 + 3.4 * bands)
+    fig, axes = figure(shown, title, sheet, size, 2 * bands * columns, columns, sharex=True)
+    drawn = []
+    for i, row in enumerate(shown):
+        at = i // columns * 2 * columns + i % columns
+        pair = axes[at], axes[at + columns]
+        for which, (ax, unit) in enumerate(zip(pair, units)):
+            if i:
+                ax.sharey(drawn[0][2 + which])
+            if i % columns:
+                ax.tick_params(labelleft=False)
+            else:
+                ax.set_ylabel(unit, fontsize=7)
+        pair[0].set_title(sheet.wrap(short_label(row, shown) if sheet.paper else row.label, 2), fontsize=7)
+        pair[1].tick_params(labelbottom=True)
+        drawn.append((measured[row], measured.get(row.control, {}), *pair))
+    for ax in axes[2 * columns * (bands - 1):]:
+        if not any(ax in one for one in drawn):
+            ax.remove()
+    axes[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    fig.supxlabel(sheet.wrap(DEPTH, 8), fontsize=8)
+    return fig, drawn
 
 
-def plot_drift(found, sheet=REPORT):
-    """How far apart the ranks' streams are that each sublayer reads, against depth."""
-    fig, axes = drift_panels(found, sheet, 'Drift at the last evaluation, of the streams that a sublayer '
-                             'reads', '||d_r|| / ||c||', 0)
-    for ax in axes[:1]:
-        ax.set_yscale('log')
-        ax.yaxis.set(major_formatter='{x:g}')
-        ax.minorticks_off()
+def plot_ranks_apart(found, sheet=REPORT):
+    """
+    How far apart the ranks' streams are, by sublayer: dispersion 0 is one stream, CKA 1 is alike but for a
+    rotation; if the effective rank of all ranks is that of one, the others add nothing.
+    """
+    units = 'dispersion (dots),\nCKA (dashes)', 'effective rank of\none stream (dots),\nof all (dashes)'
+    fig, drawn = depth_panels(found, "How far apart the ranks' streams are at the last evaluation; grey is "
+                              'dense', units, sheet)
+    for own, dense, upper, lower in drawn:
+        draw(upper, by_depth(own.get('cka', [])), '--', color='black', linewidth=1)
+        draw(upper, by_depth(own['dispersion']), 'o-', color='black', markersize=2.5, linewidth=0.8)
+        draw(lower, by_depth(dense.get('rank_one', [])), color='0.7', linewidth=2.5)
+        draw(lower, by_depth(own['rank_all']), '--', color='black', linewidth=1)
+        draw(lower, by_depth(own['rank_one']), 'o-', color='black', markersize=2.5, linewidth=0.8)
     return fig
 
 
-def plot_drift_cosine(found, sheet=REPORT):
-    """Whether the ranks' streams drift the same way, against depth: the cosine of d_r and d_s."""
-    fig, axes = drift_panels(found, sheet, "Cosine of two ranks' drifts at the last evaluation", 'cosine', 1)
-    for ax in axes:
-        ax.axhline(0, color='black', linewidth=0.5)
+def plot_lone_ranks(found, sheet=REPORT):
+    """
+    What is known at each depth: the loss of the head on the stream as a sync there would give it, and on a
+    rank's own; where dashes lie above dots, a rank alone does not know it. Below, where the gradient fades.
+    """
+    units = (f'loss of the head\n({loss_unit(found.rows)}):\nstream synced (dots),\na rank alone (dashes)',
+             'gradient norm:\nattention (dots),\nMLP (dashes)')
+    fig, drawn = depth_panels(found, 'What a rank alone knows, and gradients, at the last evaluation; '
+                              'grey is dense', units, sheet)
+    for own, dense, upper, lower in drawn:
+        draw(upper, by_depth(dense.get('lens_synced', [])), color='0.7', linewidth=2.5)
+        draw(upper, by_depth(own['lens_synced']), 'o-', color='black', markersize=2.5, linewidth=0.8)
+        draw(upper, by_depth(own['lens_alone']), 's--', color='black', markersize=2.5, linewidth=1,
+             markerfacecolor='white')
+        for kind, line in enumerate(('o-', 's--')):  # the last entry is the embeddings'
+            draw(lower, by_depth(dense.get('grad', [])[:-1])[kind::2], line[1:], color='0.7', linewidth=2)
+            draw(lower, by_depth(own['grad'][:-1])[kind::2], line, color='black', markersize=2.5,
+                 linewidth=0.8, markerfacecolor='black' if kind == 0 else 'white')
+    for *_, lower in drawn[:1]:
+        log_scale(lower)
+    return fig
+
+
+def plot_drift(found, sheet=REPORT):
+    """
+    How far apart the ranks' streams are that each sublayer reads, against depth, in runs of an earlier
+    version: ||d_r|| / ||c||, which is large where the embedding is small.
+    """
+    measured = {row: drifts for row in found.rows
+                if any(map(any, drifts := [run.last['drift'] for run in row.runs.values()
+                                           if 'drift' in run.last]))}
+    if not measured:
+        return None
+    fig, axes = panels(list(measured), 'Drift at the last evaluation, of the streams that a sublayer reads',
+                       '||d_r|| / ||c||', sheet, DEPTH)
+    for ax, drifts in zip(axes, measured.values()):
+        # a sublayer that reads a replicated stream has no point
+        means = [statistics.mean(values) if all(values) else math.nan for values in zip(*drifts)]
+        draw(ax, by_depth(means), 'o-', color='black', markersize=2.5, linewidth=0.8)
+    log_scale(axes[0])
     return fig

@@ -23,6 +23,7 @@ from toy_runs import wandb_records
 from training.logger import TRACKED, as_charts
 from written_runs import (
     DENSE,
+    INSIDE,
     PARALLEL,
     SPD,
     by_count,
@@ -277,7 +278,7 @@ def test_plots_are_the_same_byte_for_byte(tmp_path, monkeypatch):
 
 
 def test_every_plot_draws_many_configs(tmp_path):
-    apart = dict(drift=[0.0, 0.1, 0.3], drift_cosine=[None, 0.5, -0.5])
+    apart = dict(drift=[0.0, 0.1, 0.3], diagnostics=INSIDE)
     kinds = dict(a=(['tp', 'spd'] * 2, 'sum'), b=(['tp', 'tp', 'spd', 'spd'], 'sum'), c=(SPD, 'sum'),
                  d=(SPD, 'mean'))
     for width, names in {64: 'abcd', 128: 'c'}.items():

@@ -14,9 +14,11 @@ from scipy.stats import t, ttest_1samp
 
 import compare
 from analysis import answers, families, findings, runs
+from analysis.inside import inside
 from configurator import COMMUNICATIONS, ROOT, load
 from written_runs import (
     DENSE,
+    INSIDE,
     SPD,
     by_count,
     compare_all,
@@ -377,10 +379,19 @@ def test_gaps_are_compared_at_equal_loss(tmp_path):
     assert 'larger in 1, smaller in 0 of 1 configs' in answers.overfitting(found)[0]
 
 
-def test_drift(tmp_path):
-    apart = dict(drift=[0.0, 0.1, 0.3], drift_cosine=[None, 0.5, -0.5])
-    write_run(tmp_path, 'dense', DENSE, tp_size=1)
-    write_run(tmp_path, '8comm', DENSE)
-    assert answers.drifting(found_under(tmp_path)) == []
-    write_run(tmp_path, '4comm', DENSE, SPD, last=apart)
-    assert 'by communications: 4: 0.30' in answers.drifting(found_under(tmp_path))[0]
+def test_what_happens_inside(tmp_path):
+    write_run(tmp_path, 'earlier', DENSE, last=dict(drift=[0.0, 0.1, 0.3]))
+    assert inside(found_under(tmp_path)) == []
+    write_run(tmp_path, 'dense', DENSE, tp_size=1, last=dict(diagnostics=INSIDE | dict(
+        grad=[1.0] * 5, attention_over_embedding=1.9)))
+    write_run(tmp_path, '4comm', DENSE, SPD, last=dict(diagnostics=INSIDE))
+    write_run(tmp_path, 'palm', DENSE, ['palm'] * 4,
+              last=dict(diagnostics=INSIDE | dict(dispersion=[0.0] * 5)))
+    apart, alike, alone, fading, first, _ = inside(found_under(tmp_path))
+    assert 'spd x 4 (tp_size 4): 0.3 at the MLP of layer 1, mean 0.2 of the 2 above 0' in apart
+    assert 'palm x 4 (tp_size 4): nowhere' in apart and 'dense' not in apart
+    assert 'spd x 4 (tp_size 4): CKA 0.70, 1.75 times of at most 4' in alike and 'palm' not in alike
+    assert 'spd x 4 (tp_size 4): +0.50 at the end, +2.00 at the MLP of layer 0' in alone
+    assert 'spd x 4 (tp_size 4): 0.20 in layer 1 of that in layer 0' in fading
+    assert 'dense control: 1.00 in layer 0' in fading
+    assert 'dense control: 1.90' in first and 'spd x 4 (tp_size 4): 0.70' in first

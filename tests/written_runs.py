@@ -16,6 +16,11 @@ TP, SPD, PARALLEL = ['tp'] * 4, ['spd'] * 4, ['parallel'] * 4  # 8, 4 and 2 comm
 DENSE = {1: 2.0, 2: 2.1, 3: 2.2}
 LINES = [dict(iter=0, val_loss=5.5), dict(iter=10, train_loss=4.0, tokens_per_sec=10.0),
          dict(iter=20, train_loss=3.0, tokens_per_sec=30.0)]
+# the diagnostics of two layers
+INSIDE = dict(dispersion=[0.0, 0.1, 0.0, 0.3, 0.0], cka=[1.0, 0.8, 1.0, 0.6, 1.0],
+              rank_one=[4.0, 4.0, 4.0, 8.0, 4.0], rank_all=[4.0, 6.0, 4.0, 16.0, 4.0],
+              lens_synced=[5.0, 4.0, None, None, 2.0], lens_alone=[5.0, 6.0, None, None, 2.5],
+              grad=[3.0, 4.0, 0.6, 0.8, 9.0], grad_ln=[0.1] * 5, attention_over_embedding=0.7)
 
 
 def write_run(root, name, losses, block_types=TP, tp_size=4, state='finished', corpus=(), info=(),
