@@ -37,9 +37,11 @@ CARRYING = ['fal', 'stale', 'ladder']  # each hands something of its own from la
 SUM_ONLY = ['fal', 'stale', 'ladder', 'dtp', 'caat']  # what they exchange is merged by the sum alone
 # the keys that an experiment varies; the rest of a config is the recipe
 VARIED = {'seed', 'block_types', 'tp_size', 'merge', 'dtp_delay', 'caat_share', 'embed_scale', 'perturb'}
+# the keys that follow a net whose weights a run begins with
+SHAPE = ['n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'gelu', 'embed_scale']
 # the keys that change neither the recipe nor what a run computes
 HOUSEKEEPING = {
-    'out_dir', 'plan', 'init_from', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
+    'out_dir', 'plan', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
     'checkpoint_interval', 'keep_checkpoints', 'keep_optimizer',
     'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
     'tp_across_nodes', 'eval_train_tokens', 'log_diagnostics',
@@ -63,6 +65,7 @@ LIMITS = dict(  # of values; GPTConfig checks the model's other keys
 )
 # (n_layer, n_head, n_embd, block_size) of the sizes that a run may be named after
 SIZES = {'124M': (12, 12, 768, 1024), '350M': (24, 16, 1024, 1024), '774M': (36, 20, 1280, 1024)}
+RESUMING = ('resume', 'auto')  # of init_from: go on with the run in out_dir
 RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows, not random batches',
            'log_drift': 'log_diagnostics, which measures that and more'}
 
@@ -147,8 +150,13 @@ def begin_program():
 
 
 class Config(SimpleNamespace):
-    """A run's keys as attributes; vars(config) is the keys alone. `sources` says where each was set."""
-    __slots__ = ('sources',)
+    """
+    A run's keys as attributes; vars(config) is the keys alone. `sources` says where each was set.
+
+    init_from is scratch or where the weights came from when the run began. `resume` is what it was set to if
+    that was resume or auto, else None.
+    """
+    __slots__ = ('sources', 'resume')
 
     def refuse(self, message):
         """fail() with the message and where the keys named in it were set."""
@@ -348,14 +356,52 @@ def complete(config):
     A saved config, as a dict, brought up to this version. Missing keys take their defaults; log_drift goes.
 
     Block types mean_tp, mean_spd and mean_parallel of earlier versions become tp, spd and parallel with merge
-    'mean'.
+    'mean'. An init_from of resume or auto becomes scratch, from which those runs had begun.
     """
     config = {key: default for key, (default, _, _) in read_defaults().items()} | config
     config.pop('log_drift', None)
     names = config['block_types'] or []
     if any(str(name).startswith('mean_') for name in names):
         config.update(block_types=[name.removeprefix('mean_') for name in names], merge='mean')
+    if config['init_from'] in RESUMING:
+        config['init_from'] = 'scratch'
     return config
+
+
+def follow(config, shape, source):
+    """
+    Set the keys of SHAPE to a loaded net's. Ends the program if a flag contradicts them, except that
+    block_size may be smaller.
+    """
+    for key, value in shape.items():
+        given = getattr(config, key)
+        if not config.sources[key].startswith('--'):
+            setattr(config, key, value)
+            config.sources[key] = source
+        elif given != value and not (key == 'block_size' and given < value):
+            config.refuse(f'{key} is {given}, it must be {value}, as in {source}')
+
+
+def follow_weights(config):
+    """Have the shape follow the net that init_from names. Ends the program if there is none."""
+    if config.init_from not in ('scratch', *RESUMING):
+        from training import pretrained  # only here: it loads torch, and imports this module
+        with config.refusing():
+            follow(config, pretrained.load(config.init_from).shape, config.init_from)
+
+
+def follow_run(config):
+    """Have init_from, and the shape if that is not scratch, follow the run in out_dir that is to go on."""
+    config.resume = config.init_from if config.init_from in RESUMING else None
+    if not config.resume:
+        return
+    from training.rundir import read_info  # it imports this module
+    with config.refusing():
+        info = read_info(config.out_dir)
+    config.init_from = info['config']['init_from'] if info else 'scratch'
+    if config.init_from != 'scratch':
+        shape = {key: info['config'][key] for key in SHAPE}
+        follow(config, shape, f'{config.out_dir}/run.json')
 
 
 def drop_false_size(config):
@@ -366,11 +412,22 @@ def drop_false_size(config):
             config.wandb_run_name = re.sub(rf'-{size}(?=-|$)', '', config.wandb_run_name)
 
 
-def resolve(config, stems):
-    """
-    Set the keys that follow from others: each layer's block type, the schedule's end, the run's folder.
+def name_run(config, stems):
+    """Set the run's name and folder. stems: the names of config files to add to the name."""
+    for key in 'wandb_run_name', 'out_dir':
+        if (value := getattr(config, key)) is not None and not value.strip():
+            config.refuse(f'{key} is {value!r}, it must not be empty')
+    config.wandb_run_name = '-'.join([config.wandb_run_name, *stems])
+    drop_false_size(config)
+    if config.out_dir is None:
+        config.out_dir = f'out/{config.wandb_run_name}'
 
-    stems: the names of config files to add to the run's name. Ends the program if a block type is unknown.
+
+def resolve(config):
+    """
+    Set the keys that follow from others: each layer's block type, the schedule's end.
+
+    Ends the program if a block type is unknown.
     """
     if isinstance(config.block_types, str):
         names = [name.strip() for name in config.block_types.split(',')]
@@ -399,13 +456,6 @@ def resolve(config, stems):
         config.refuse(f'min_lr is {config.min_lr}, above learning_rate, {config.learning_rate}')
     if config.plan and not Path(config.plan).is_file():
         config.refuse(f'plan is {config.plan}, which is not a file')
-    for key in 'wandb_run_name', 'out_dir':
-        if (value := getattr(config, key)) is not None and not value.strip():
-            config.refuse(f'{key} is {value!r}, it must not be empty')
-    config.wandb_run_name = '-'.join([config.wandb_run_name, *stems])
-    drop_false_size(config)
-    if config.out_dir is None:
-        config.out_dir = f'out/{config.wandb_run_name}'
 
 
 def load(argv):
@@ -432,7 +482,10 @@ def load(argv):
             stems = []
         elif source in files:
             stems.append(Path(source).stem)
-    resolve(config, stems)
+    follow_weights(config)
+    name_run(config, stems)
+    follow_run(config)
+    resolve(config)
     return config
 
 

@@ -368,11 +368,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = ColumnParallel(config.n_embd, 4 * config.n_embd, config, tp)
         self.c_proj = RowParallel(4 * config.n_embd, config.n_embd, config, tp)
+        self.approximate = 'tanh' if config.gelu == 'tanh' else 'none'
 
     def forward(self, u):
         """u replicated (B, T, C) or drifted (L, B, T, C) -> RowProduct"""
         hidden, = self.c_fc(u)
-        return self.c_proj(F.gelu(hidden))
+        return self.c_proj(F.gelu(hidden, approximate=self.approximate))
 
 
 BLOCKS = {}  # block type -> class; each subclass of Block adds itself
@@ -428,6 +429,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False  # in the linear layers and the LayerNorms
+    gelu: str = 'erf'  # exact; or tanh, the approximation of released GPT-2
     tp_size: int = 2  # R; 1 is the dense control
     block_types: list | None = None  # one of BLOCKS per layer; None: all 'tp'
     merge: str = 'sum'  # of the ranks' additions at each sync; or mean, rsqrt, desync
@@ -454,6 +456,8 @@ class GPTConfig:
             raise ValueError(f'block_types has {len(self.block_types)} entries, n_layer is {self.n_layer}')
         if self.merge not in ('sum', 'mean', 'rsqrt', 'desync'):
             raise ValueError(f'merge is {self.merge!r}, it must be sum, mean, rsqrt or desync')
+        if self.gelu not in ('erf', 'tanh'):
+            raise ValueError(f'gelu is {self.gelu!r}, it must be erf or tanh')
         for check in checks:
             check(self)
 

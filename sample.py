@@ -3,6 +3,7 @@ Text from a trained run.
 
     python sample.py --out_dir=out/gpt2-12comm-cpu --start="def main(" --num_samples=3
     python sample.py --out_dir=out/gpt2-12comm-cpu --start=FILE:prompt.txt --checkpoint=ckpt-best.pt
+    python sample.py --init_from=gpt2 --start="The"
     torchrun --standalone --nproc_per_node=2 sample.py --shard=True --prompt=def --out_dir=...
 
 The checkpoint says which tokenizer, block_types and tp_size it was trained with. With --shard=True each
@@ -21,7 +22,8 @@ from configurator import Config, begin_program, complete, fail
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--out_dir', required=True, help="the run's folder")
+    parser.add_argument('--out_dir', help="the run's folder")
+    parser.add_argument('--init_from', help='instead: gpt2 ... gpt2-xl, a folder, a file')
     parser.add_argument('--checkpoint', default='ckpt.pt', help='a file in it: ckpt.pt, ckpt-best.pt')
     # torchrun would take --start for an abbreviation of a flag of its own
     parser.add_argument('--start', '--prompt', action='append',
@@ -37,6 +39,8 @@ def parse_args(argv):
                         help='one tensor-parallel rank per process')
     parser.error = lambda message: fail(f'{message}; see python sample.py --help')
     args = parser.parse_args(argv)
+    if (args.out_dir is None) == (args.init_from is None):
+        fail('give one of --out_dir and --init_from; see python sample.py --help')
     for key, fits, wanted in (('temperature', 1e-3 <= args.temperature < math.inf, 'at least 0.001'),
                               ('num_samples', args.num_samples >= 1, 'at least 1'),
                               ('max_new_tokens', args.max_new_tokens >= 1, 'at least 1'),
@@ -56,7 +60,7 @@ import torch.distributed as dist
 
 from data.corpus import load_tokenizer
 from model import GPT
-from training import checkpoint
+from training import pretrained
 from training.distributed import World, connect, lay_out, read_environment
 from variants import gpt_config
 
@@ -72,18 +76,21 @@ def find_device(name):
         fail(f'--device is {name}, which this machine or this torch does not have; try --device=cpu')
 
 
-def load_run(path, flags):
+def load_run(args, flags):
     """
-    (config, model, meta): a checkpoint's keys with the flags, its dense network, and its corpus's meta.json.
+    (config, model, meta): a net's keys with the flags, the dense network, and what load_tokenizer() needs.
 
-    Raises FileNotFoundError, or ValueError or RuntimeError if it is no checkpoint of a network.
+    Raises FileNotFoundError or ValueError if there is none, or ValueError if its tokenizer is not known.
     """
-    saved = checkpoint.load(path)
-    config = Config(**complete(saved['config']) | flags)
-    config.sources = {key: 'sample.py' if key in flags else path for key in vars(config)}
-    model = GPT(gpt_config(vars(config), saved['vocab_size']))
-    model.load_state_dict(saved['model'])
-    return config, model.eval(), saved['corpus']
+    path = Path(args.out_dir or '', args.checkpoint)
+    found = pretrained.load(args.init_from) if args.init_from else pretrained.read_file(path)
+    if found.meta is None:
+        raise ValueError(f'{args.init_from or path} does not say how its text is tokenized')
+    config = Config(**complete(found.keys) | flags)
+    config.sources = {key: 'sample.py' if key in flags else args.init_from or path for key in vars(config)}
+    model = GPT(gpt_config(vars(config)))
+    model.load_state_dict(found.weights)
+    return config, model.eval(), found.meta
 
 
 def find_world(config, device):
@@ -114,7 +121,7 @@ def main(argv):
     if args.tp_size is not None:
         flags['tp_size'] = args.tp_size
     try:
-        config, model, meta = load_run(Path(args.out_dir) / args.checkpoint, flags)
+        config, model, meta = load_run(args, flags)
         tokenizer = load_tokenizer(meta)
         prompts = [encode(start, tokenizer).to(device) for start in args.start or ['\n']]
     except OSError as error:

@@ -46,6 +46,7 @@ from itertools import cycle, product
 from pathlib import Path
 
 from configurator import (
+    RESUMING,
     ROOT,
     RUNS,
     VARIED,
@@ -61,7 +62,7 @@ from configurator import (
 from speed.forecast import Forecast, checkpoint_bytes, describe_seeds, disk_left, duration, peak_of
 from training import rundir
 
-OWN = {'out_dir', 'wandb_run_name', 'init_from'}  # keys that the sweep sets
+OWN = {'out_dir', 'wandb_run_name'}  # keys that the sweep sets
 NOT_DENSE = VARIED - {'seed'}  # keys without a meaning for the dense control
 SHORT = {'seed': 'seed', 'tp_size': 'tp'}  # these go without '=' in a folder's name
 PERTURB = 0.001  # of the dense twin that shows the noise floor
@@ -115,6 +116,8 @@ def parse_grid(flags):
             fail(f'{flag}: a key for train.py is given as --key=value; see python sweep.py --help')
         if key in OWN:
             fail(f'{flag}: the sweep names its runs and their folders; --out says where they go')
+        if key == 'init_from' and text in ('scratch', *RESUMING):
+            fail(f'{flag}: the sweep starts and resumes its runs; it takes trained weights, as in gpt2')
         if key in grid:
             fail(f'{flag}: {key} is given twice; a list is --{key}={",".join(grid[key])},{text}')
         grid[key] = [text] if key == 'block_types' else text.split(',')

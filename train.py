@@ -34,6 +34,7 @@ from training.checkpoint import Writer, fresh_or_resumed
 from training.diagnostics import diagnose
 from training.distributed import all_reduce_sum, find_world, joined, on_rank0, require_agreement
 from training.logger import Log, introduction
+from training.pretrained import initial_weights
 from training.rundir import claim, git_commit, read_plan
 from variants import gpt_config
 
@@ -55,6 +56,9 @@ def open_data(config, world):
     with config.refusing():
         corpus = open_corpus(config.dataset)
         model_config = gpt_config(vars(config), model_vocab_size(corpus.vocab_size))
+        if corpus.vocab_size > model_config.vocab_size:
+            raise ValueError(f'vocab_size is {model_config.vocab_size}, it must be at least that of '
+                             f'{corpus.name}, {corpus.vocab_size}')
         windows = config.batch_size * config.gradient_accumulation_steps  # of a step, over all processes
         loader = TrainLoader(corpus.train, config.block_size, windows, config.seed, world.ddp_rank,
                              world.ddp_size, config.batch_size, world.device)
@@ -69,14 +73,16 @@ def facts(config, corpus):
     return keys | files | dict(torch=torch.__version__, commit=git_commit())
 
 
-def build_model(config, model_config, world):
+def build_model(config, model_config, world, weights=None):
     """
     (the GPT of this process, the whole network's size and all-reduces, for run.json).
 
-    A seed gives one network, whatever the blocks.
+    weights: a dense state_dict to begin with. Without it, a seed gives one network, whatever the blocks.
     """
     torch.manual_seed(config.seed)  # on the CPU: the same weights on every device
     dense = GPT(model_config)
+    if weights:
+        dense.load_state_dict(weights)
     if config.perturb:
         perturb_weights(dense, config.perturb, config.seed)
     observed = observe_all_reduces(dense)  # it also freezes parameters that no block uses
@@ -346,12 +352,13 @@ def main(argv):
             result, resuming = on_rank0(lambda: claim(config), world)
             if result:
                 return world.say(result)  # finished already
-            raw_model, size = build_model(config, model_config, world)
+            weights = None if resuming else initial_weights(config, corpus)
+            raw_model, size = build_model(config, model_config, world, weights)
             net = Network(raw_model, config)
             state, saved_step, messages = fresh_or_resumed(net, resuming, config, corpus, world)
         if config.eval_only:
             loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
-            words = f'val loss {loss:.4f} over {tokens:,} tokens of {corpus.meta["corpus"]}'
+            words = f'val loss {loss:.6f} over {tokens:,} tokens of {corpus.meta["corpus"]}'
             return world.say(*messages, words)
         info = describe(config, corpus, size, world)
         catch_signals()

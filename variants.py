@@ -164,11 +164,11 @@ class CAATBlock(Block, name='caat'):
                           d_sum=F.pad(s.d_sum[..., k:], (k, 0)), due=tuple(part.without(k) for part in s.due))
 
 
-def gpt_config(keys, vocab_size):
+def gpt_config(keys, vocab_size=None):
     """
     The GPTConfig of a run's keys, a dict. It knows every block type of model.py and of this file.
 
-    Raises ValueError, in one line, if the keys do not fit together.
+    vocab_size: unless the keys give one. Raises ValueError, in one line, if the keys do not fit together.
     """
     shape = {field.name: keys[field.name] for field in fields(GPTConfig) if field.name in keys}
-    return GPTConfig(**shape | dict(vocab_size=vocab_size))
+    return GPTConfig(**shape | dict(vocab_size=keys.get('vocab_size') or vocab_size))

@@ -14,7 +14,7 @@ always_save_checkpoint: bool = True  # save at every evaluation; False: only at 
 checkpoint_interval: int | None = None  # updates between saves instead, besides the best so far
 keep_optimizer: bool = True  # False: a finished run's checkpoints lose AdamW's state, two thirds of them
 keep_checkpoints: int = 0  # earlier checkpoints to keep besides the latest, named by step
-init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'  # from out_dir/ckpt.pt; auto: if it is there
+init_from: str = 'scratch'  # or resume; auto: if there is a checkpoint; weights: gpt2, a folder, a file
 plan: str | None = None  # a file that states the experiment before it runs; run.json keeps its text
 seed: int = 1337  # of initial weights, batches and dropout
 
@@ -35,6 +35,8 @@ n_head: int = 12  # attention heads, of all ranks together
 n_embd: int = 768  # width of the residual stream
 dropout: float = 0.0  # of embeddings, attention and sublayers' outputs
 bias: bool = False  # biases in linear layers and LayerNorms
+gelu: Literal['erf', 'tanh'] = 'erf'  # the exact GELU, or its approximation in released GPT-2
+vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
 tp_size: int = 2  # tensor-parallel ranks, R; 1 is the dense control
 block_types: list | None = None  # a type for each layer, or a pattern: tp,spd,spd; None: all tp
 merge: Literal['sum', 'mean', 'rsqrt', 'desync'] = 'sum'  # how a sync merges what the ranks have added

@@ -52,6 +52,13 @@ def byte_encoding():
                              mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={EOT: 256})
 
 
+def byte_units():
+    """The 256 bytes as GPT-2's vocabulary files write them, each as one visible character."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
 def load_encoding(name):
     """The tiktoken.Encoding called 'byte' or 'gpt2'. Raises ValueError if gpt2's files cannot be fetched."""
     if name == 'byte':
@@ -64,7 +71,16 @@ def load_encoding(name):
 
 
 def load_tokenizer(meta):
-    """The Tokenizer of a corpus, from its meta.json. Raises ValueError if its files cannot be fetched."""
+    """
+    The Tokenizer of a corpus, from its meta.json. Raises ValueError if its files cannot be fetched.
+
+    meta may be of a net instead: file is then its tokenizer.json.
+    """
+    if 'file' in meta:
+        from tokenizers import Tokenizer as FromFile  # which transformers brings, and no corpus needs
+        found = FromFile.from_file(meta['file'])
+        return Tokenizer(lambda text: found.encode(text, add_special_tokens=False).ids,
+                         partial(found.decode, skip_special_tokens=False))
     if meta['tokenizer'] == 'char':
         return char_tokenizer(meta['chars'])
     encoding = load_encoding(meta['tokenizer'])

@@ -150,7 +150,7 @@ def test_defaults_are_the_recipe():
     (['--compile=1'], ['compile', '1', 'True or False']),
     (['--dtype=fp8'], ['dtype', "'fp8'", 'float32, bfloat16, float16']),
     (['--backend=mpi'], ['backend', "'mpi'", 'nccl, gloo', 'None']),
-    (['--init_from=gpt2'], ['init_from', "'gpt2'", 'scratch, resume']),
+    (['--init_from=gtp2'], ['init_from', 'gtp2', 'scratch, resume', 'gpt2-xl', 'checkpoint file']),
     (['--block_types=5'], ['block_types', '5', 'a list']),
     (['--block_types=tp,spd', '--n_layer=7'], ['block_types', 'tp,spd', '2', '7', '--n_layer=7']),
     (['--batch_size=0'], ['batch_size', '0', 'at least 1']),

@@ -148,5 +148,5 @@ def test_no_updates_and_evaluation_alone(undisturbed, tmp_path, capsys):
     before = contents(undisturbed)
     capsys.readouterr()
     assert run(undisturbed, *DROPOUT, '--eval_only=True', '--init_from=resume') == 0
-    assert f'val loss {info(undisturbed)["val_loss"]:.4f}' in capsys.readouterr().out
+    assert f'val loss {info(undisturbed)["val_loss"]:.6f}' in capsys.readouterr().out
     assert contents(undisturbed) == before

@@ -48,7 +48,7 @@ def test_command_lines(tmp_path):
     python, script, *args = sweep.command(run, resume=True, share=sweep.Share([], []))
     assert (python, script) == (sys.executable, str(sweep.ROOT / 'train.py'))
     config = sweep.load(args)  # as train.py reads it
-    assert (config.seed, config.init_from, config.out_dir) == (5, 'auto', str(run.out_dir))
+    assert (config.seed, config.resume, config.out_dir) == (5, 'auto', str(run.out_dir))
     assert '--nproc_per_node=2' in sweep.command(run, resume=False, share=sweep.Share(['6', '7'], []))
     run.config.init_from = 'gpt2'  # from a file, which a flag would overrule
     assert not any('--init_from' in word for word in sweep.command(run, False, sweep.Share([], [])))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import complete, differences
+from configurator import SHAPE, complete, differences
 from model import join_shards, take_shard
 from training.distributed import broadcast, broadcast_state, on_rank0
 from training.logger import finite
@@ -102,23 +102,32 @@ def drop_optimizer(out_dir):
             done[file] = path
 
 
-def load(path):
+def read(path, mmap=False):
     """
-    A checkpoint: a dict of tensors, numbers and strings, on the CPU. No code in it is ever run.
+    A dict of tensors, numbers and strings, on the CPU; with mmap, tensors stay in the file until they are
+    used. No code in it is ever run.
 
     Raises FileNotFoundError, or ValueError in one line if it cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as parts:
             broken = parts.testzip()  # torch.load does not look at the checksums
-        saved = None if broken else torch.load(path, map_location='cpu', weights_only=True)
+        saved = None if broken else torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise
     except Exception as error:  # it fails in the unpickler, the zip reader or a tensor's storage
         raise ValueError(f'{path} is damaged: {type(error).__name__}') from None
     if broken:
         raise ValueError(f'{path} is damaged: {broken}')
-    if not isinstance(saved, dict) or not KEYS <= saved.keys():
+    if not isinstance(saved, dict):
+        raise ValueError(f'{path} is not a checkpoint')
+    return saved
+
+
+def load(path):
+    """A checkpoint of train.py. Raises as read() does."""
+    saved = read(path)
+    if not KEYS <= saved.keys():
         raise ValueError(f'{path} is not a checkpoint that train.py wrote')
     return saved
 
@@ -205,7 +214,7 @@ def fresh_or_resumed(net, resuming, config, corpus, world):
 
     path = on_rank0(read, world)
     saved = broadcast_state(saved, world)
-    network = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size'}
+    network = set(SHAPE) - {'embed_scale'}
 
     def identity(keys, vocab_size, corpus):
         return dict(keys, vocab_size=vocab_size, train_tokens=corpus['splits']['train']['tokens'],

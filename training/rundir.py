@@ -200,9 +200,9 @@ def claim(config):
     Returns (result, resuming): the result, in words, of a run that is finished already, else None; whether
     the run continues from a checkpoint. Raises ValueError if out_dir is not this run's to write.
     """
-    out_dir, told_to = config.out_dir, config.init_from == 'resume'
+    out_dir, told_to = config.out_dir, config.resume == 'resume'
     saved = has_checkpoint(out_dir)
-    resuming = told_to or (config.init_from == 'auto' and saved)
+    resuming = told_to or (config.resume == 'auto' and saved)
     if resuming and not saved:
         raise ValueError(f'init_from is resume, but {out_dir} has no checkpoint')
     if config.eval_only:
