@@ -209,8 +209,9 @@ def plot_ranks_apart(found, sheet=REPORT):
 
 def plot_lone_ranks(found, sheet=REPORT):
     """
-    What is known at each depth: the loss of the head on the stream as a sync there would give it, and on a
-    rank's own; where dashes lie above dots, a rank alone does not know it. Below, where the gradient fades.
+    What is known at each depth: the loss of the head on the stream with all that earlier sublayers added, and
+    on what a rank reads. Where dashes lie above dots, it lacks what other ranks, or an attention beside the
+    MLP, added. Below, where the gradient fades.
     """
     units = (f'loss of the head\n({loss_unit(found.rows)}):\nstream synced (dots),\na rank alone (dashes)',
              'gradient norm:\nattention (dots),\nMLP (dashes)')
