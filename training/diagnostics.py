@@ -83,7 +83,7 @@ def observe(model, idx, targets):
     read: {place: what that sublayer reads, or the end}, replicated or drifted; a block that reads through no
     LayerNorm of its own has no entry. synced(place): c as a sync there would leave it, (B, T, C).
     """
-    blocks, read, streams, products, hooks = model.transformer.h, {}, [], [], []
+    blocks, read, streams, products, hooks = model.transformer.h, {}, [], {}, []
 
     def see(place, u):
         read[place] = u.detach()
@@ -92,7 +92,7 @@ def observe(model, idx, targets):
         hooks += [
             block.register_forward_pre_hook(lambda _, args: streams.append(args[0])),
             block.ln_1.register_forward_pre_hook(lambda _, args, place=2 * i: see(place, args[0])),
-            block.attn.register_forward_hook(lambda _, args, product: products.append(product)),
+            block.attn.register_forward_hook(lambda _, args, product, i=i: products.update({i: product})),
             block.ln_2.register_forward_pre_hook(lambda _, args, place=2 * i + 1: see(place, args[0]))]
     hooks.append(blocks[-1].register_forward_hook(lambda _, args, s: streams.append(s)))
     try:
@@ -104,8 +104,8 @@ def observe(model, idx, targets):
     see(2 * len(blocks), streams[-1].u)
 
     def synced(place):
-        i, half = divmod(place, 2)
-        return streams[i].sync(*products[i:i + half]).c
+        i, after_attention = divmod(place, 2)
+        return streams[i].sync(*([products[i]] if after_attention and i in products else [])).c
     return loss, read, synced
 
 
