@@ -51,6 +51,10 @@ class Sheet:
         """Text broken into lines that fit into so many inches of the report, or their share of a paper."""
         return wrapped(text, inches * self.width / 8 if self.paper else inches)
 
+    def note(self, words):
+        """What the report says inside a figure, and a paper in its caption."""
+        return '' if self.paper else words
+
 
 REPORT = Sheet()
 

@@ -165,7 +165,7 @@ def draw_tradeoff(ax, rows, sheet):
     if sets:
         mark_counts(ax, [row for one in sets for row in one.rows], observed, sheet)
     mark_references(ax, rows)
-    legend_below(ax, sheet, title=sheet.wrap('dense plus the paired difference; bars: its 95% interval', 7))
+    legend_below(ax, sheet, title=sheet.note('dense plus the paired difference; bars: its 95% interval'))
 
 
 def places(sets, observed):
@@ -195,6 +195,8 @@ def mark_counts(ax, rows, observed, sheet):
         named[n] = names[n] if last - n >= room else ''
         last = n if named[n] else last
     ax.set_xticks(list(named), named.values())
+    left, right = ax.get_xlim()
+    ax.set_xlim(min(left, min(names) - 1), max(right, max(names) + 1))  # beside one count is not another
 
 
 def mark_references(ax, rows):
@@ -231,8 +233,8 @@ def plot_differences(found, sheet=REPORT):
         strokes(ax, seed_differences(row, row.control), y)
         bar(ax, to_dense(row), y)
     finish_forest(ax, names, shown, sheet)
-    ax.set_xlabel(sheet.wrap(f'difference ({loss_unit(shown)}); mean and 95% interval, a stroke for each '
-                             'seed; grey: the margin', 5))
+    note = sheet.note('; mean and 95% interval, a stroke for each seed; grey: the margin')
+    ax.set_xlabel(sheet.wrap(f'difference ({loss_unit(shown)}){note}', 5))
     return fig
 
 
@@ -296,8 +298,8 @@ def plot_pairs(found, sheet=REPORT):
         bar(ax, one.difference, y, marker='D' if one in named else 'o')
     finish_forest(ax, names, [one.first for one in shown], sheet)
     group_heights(ax, [f'{count(one.first)} all-\nreduces' if one.equal else '' for one in shown])
-    ax.set_xlabel(sheet.wrap(f'difference ({loss_unit(found.rows)}); diamond: asked for or planned; '
-                             f'grey: the margin', 4))
+    note = sheet.note('; diamond: asked for or planned; grey: the margin')
+    ax.set_xlabel(sheet.wrap(f'difference ({loss_unit(found.rows)}){note}', 4))
     return fig
 
 

@@ -141,7 +141,7 @@ def plot_speed(found, sheet=REPORT):
     ax.xaxis.set(major_locator=MaxNLocator(3 if sheet.paper else 8), major_formatter='{x:,.0f}')
     ax.grid(visible=False, axis='y')
     caveat = ' (simulated ranks: no communication is saved)' if simulated(found.rows) else ''
-    ax.set_xlabel(sheet.wrap(f'tokens per second, a stroke for each run{caveat}', 5))
+    ax.set_xlabel(sheet.wrap(f'tokens per second{sheet.note(", a stroke for each run")}{caveat}', 5))
     return fig
 
 

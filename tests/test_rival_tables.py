@@ -233,6 +233,15 @@ def test_a_papers_figure_has_its_width_and_no_title(tmp_path, plot):
     assert sizes <= {7, 8}
 
 
+def test_two_block_sets_at_one_count_stand_close_to_it(tmp_path):
+    write_run(tmp_path, 'dense', DENSE, tp_size=1)
+    for name, blocks in dict(spd=SPD, palm=['palm'] * 4).items():
+        write_run(tmp_path, name, shifted(0.02, 0.021, 0.022), blocks)
+    ax, = plots.plot_tradeoff(found_under(tmp_path)).axes
+    left, right = ax.get_xlim()
+    assert left <= 3 and right >= 5
+
+
 def test_a_reports_title_fits_a_narrow_figure(tmp_path):
     write_rivals(tmp_path)
     with plots.settings(REPORT):
