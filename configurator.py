@@ -36,7 +36,8 @@ COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1, 'palm': 1, 'f
 CARRYING = ['fal', 'stale', 'ladder']  # each hands something of its own from layer to layer
 SUM_ONLY = ['fal', 'stale', 'ladder', 'dtp', 'caat']  # what they exchange is merged by the sum alone
 # the keys that an experiment varies; the rest of a config is the recipe
-VARIED = {'seed', 'block_types', 'tp_size', 'merge', 'dtp_delay', 'caat_share', 'embed_scale', 'perturb'}
+VARIED = {'seed', 'block_types', 'block_types_at', 'tp_size', 'merge', 'dtp_delay', 'caat_share',
+          'embed_scale', 'perturb'}
 # the keys that follow a net whose weights a run begins with
 SHAPE = ['n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'gelu', 'embed_scale']
 # the keys that change neither the recipe nor what a run computes
@@ -290,23 +291,37 @@ def show_help(keys):
     sys.exit()
 
 
-def check_blocks(config):
+def check_types(block_types, key):
+    """Raises ValueError, naming the key that they are from, if one of these is no block type."""
+    for i, name in enumerate(block_types):
+        if not isinstance(name, str) or name not in COMMUNICATIONS:
+            close = difflib.get_close_matches(str(name), COMMUNICATIONS, n=1)
+            hint = f'{close[0]}?' if close else f'there are {", ".join(COMMUNICATIONS)}; a new one needs a ' \
+                'class in variants.py and an entry in COMMUNICATIONS in configurator.py'
+            raise ValueError(f'{key} has {name!r} at layer {i}, which is no block type; {hint}')
+        if type(COMMUNICATIONS[name]) is not int:
+            raise ValueError(f'COMMUNICATIONS in configurator.py has {COMMUNICATIONS[name]} for {name}, it '
+                             'must be a whole number')
+
+
+def check_blocks(config, key='block_types'):
     """
-    Check the keys of model.py's GPTConfig that are about its blocks. config: that, or a Config.
+    Check the keys of model.py's GPTConfig that are about its blocks. config: that, or a Config. key: where
+    its block types are from.
 
     Raises ValueError if a value is out of range, or if the blocks do not go together or with `merge`.
     """
-    for key in 'dtp_delay', 'caat_share':
-        value, (holds, wanted) = getattr(config, key), LIMITS[key]
+    for name in 'dtp_delay', 'caat_share':
+        value, (holds, wanted) = getattr(config, name), LIMITS[name]
         if not holds(value):
-            raise ValueError(f'{key} is {value}, it must be {wanted}')
+            raise ValueError(f'{name} is {value}, it must be {wanted}')
     carrying = [name for name in CARRYING if name in config.block_types]
     if len(carrying) > 1:
-        raise ValueError(f'block_types has {" and ".join(carrying)}, it must have at most one of '
+        raise ValueError(f'{key} has {" and ".join(carrying)}, it must have at most one of '
                          f'{", ".join(CARRYING)}, which carry different things')
     summed = [name for name in SUM_ONLY if name in config.block_types]
     if config.merge != 'sum' and summed:
-        raise ValueError(f'merge is {config.merge}, it must be sum if block_types has {" or ".join(summed)}')
+        raise ValueError(f'merge is {config.merge}, it must be sum if {key} has {" or ".join(summed)}')
 
 
 def communications(block_types, tp_size):
@@ -317,17 +332,66 @@ def communications(block_types, tp_size):
     return sum(counts) + 2 * (0 in counts)
 
 
+def stages(config):
+    """
+    [(step, block types)]: the blocks that a run's updates have from each step on, first of all from step 0.
+
+    config: a dict of its keys, of which block_types_at may still be as typed, STEP:pattern[;STEP:pattern],
+    with STEP in percent of max_iters. Raises ValueError if that is no such text, or its steps do not rise.
+    """
+    found, text = [(0, config['block_types'])], config['block_types_at']
+    for stage in text.split(';') if text is not None else ():
+        match = re.fullmatch(r' *([0-9]{1,12}|[0-9.]{1,12}%) *:(.+)', stage)
+        try:
+            step = float(match[1].rstrip('%'))
+        except (TypeError, ValueError):
+            raise ValueError(f'block_types_at is {text}, it must be STEP:pattern[;STEP:pattern], as in '
+                             '200:tp or 25%:tp,spd;50%:tp') from None
+        step = round(step / 100 * config['max_iters'] if '%' in match[1] else step)
+        if not found[-1][0] < step < config['max_iters']:
+            raise ValueError(f'block_types_at is {text}, with a step {step} after {found[-1][0]}; its steps '
+                             f'must rise, from 1 to below max_iters, {config["max_iters"]}')
+        found.append((step, repeat(match[2], config['n_layer'], 'block_types_at')))
+    return found
+
+
+def repeat(text, n_layer, key):
+    """A pattern such as 'tp,spd' as n_layer block types. ValueError, naming the key, if that fails."""
+    names = [name.strip() for name in text.split(',')]
+    if n_layer % len(names):
+        raise ValueError(f'{key} is {text}, a pattern of {len(names)} layers, which does not divide n_layer, '
+                         f'{n_layer}')
+    return names * (n_layer // len(names))
+
+
+def blocks_after(step, config):
+    """The block types that the weights at a step were trained with last. config: a dict of its keys"""
+    return [block_types for start, block_types in stages(config) if start < max(step, 1)][-1]
+
+
+def mean_over_steps(values, config):
+    """The mean over a run's steps of numbers, one for each of its stages(). config: a dict of its keys"""
+    starts = [start for start, _ in stages(config)]
+    ends = [*starts[1:], max(config['max_iters'], 1)]
+    return sum(value * (end - start) for value, start, end in zip(values, starts, ends)) / ends[-1]
+
+
 def model_vocab_size(tokens):
     """The model's vocabulary: the tokenizer's, rounded up to a multiple of 64."""
     return (tokens + 63) // 64 * 64
 
 
+def period(block_types):
+    """The least number of layers that the block types repeat."""
+    n = len(block_types)
+    return next(p for p in range(1, n + 1) if n % p == 0 and block_types == block_types[:p] * (n // p))
+
+
 def pattern(block_types):
     """Block types in short form: 'spd x 12', '[tp, spd] x 6', 'spd x 6, tp x 6'."""
-    n = len(block_types)
-    period = next(p for p in range(1, n + 1) if n % p == 0 and block_types == block_types[:p] * (n // p))
-    if 1 < period < n:
-        return f'[{", ".join(block_types[:period])}] x {n // period}'
+    n, unit = len(block_types), block_types[:period(block_types)]
+    if 1 < len(unit) < n:
+        return f'[{", ".join(unit)}] x {n // len(unit)}'
     repeats = [(kind, len(list(equal))) for kind, equal in groupby(block_types)]
     return ', '.join(f'{kind} x {length}' if length > 1 else kind for kind, length in repeats)
 
@@ -423,31 +487,35 @@ def name_run(config, stems):
         config.out_dir = f'out/{config.wandb_run_name}'
 
 
+def resolve_stages(config):
+    """
+    Check the blocks of all stages, and write block_types_at as it is compared: steps as numbers, each pattern
+    as short as can be; None if there is one stage. Raises ValueError if a stage is wrong or changes nothing.
+    """
+    found = stages(vars(config))
+    for i, (step, block_types) in enumerate(found):
+        key = 'block_types_at' if i else 'block_types'
+        check_types(block_types, key)
+        check_blocks(SimpleNamespace(**vars(config) | dict(block_types=block_types)), key)
+        if i and block_types == found[i - 1][1]:
+            raise ValueError(f'block_types_at is {config.block_types_at}, but the blocks from step {step} '
+                             f'on, {pattern(block_types)}, are those before it')
+    later = [f'{step}:{",".join(types[:period(types)])}' for step, types in found[1:]]
+    config.block_types_at = ';'.join(later) or None
+
+
 def resolve(config):
     """
     Set the keys that follow from others: each layer's block type, the schedule's end.
 
-    Ends the program if a block type is unknown.
+    Ends the program if they do not fit together.
     """
-    if isinstance(config.block_types, str):
-        names = [name.strip() for name in config.block_types.split(',')]
-        if config.n_layer % len(names):
-            config.refuse(f'block_types is {config.block_types}, a pattern of {len(names)} layers, '
-                          f'which does not divide n_layer, {config.n_layer}')
-        config.block_types = names * (config.n_layer // len(names))
-    elif config.block_types is None:
-        config.block_types = ['tp'] * config.n_layer
-    for i, name in enumerate(config.block_types):
-        if not isinstance(name, str) or name not in COMMUNICATIONS:
-            close = difflib.get_close_matches(str(name), COMMUNICATIONS, n=1)
-            hint = f'{close[0]}?' if close else f'there are {", ".join(COMMUNICATIONS)}; a new one needs a ' \
-                'class in variants.py and an entry in COMMUNICATIONS in configurator.py'
-            config.refuse(f'block_types has {name!r} at layer {i}, which is no block type; {hint}')
-        if type(COMMUNICATIONS[name]) is not int:
-            fail(f'COMMUNICATIONS in configurator.py has {COMMUNICATIONS[name]} for {name}, it must be a '
-                 'whole number')
     with config.refusing():
-        check_blocks(config)
+        if isinstance(config.block_types, str):
+            config.block_types = repeat(config.block_types, config.n_layer, 'block_types')
+        elif config.block_types is None:
+            config.block_types = ['tp'] * config.n_layer
+        resolve_stages(config)
     if config.lr_decay_iters is None:
         config.lr_decay_iters = config.max_iters
     if config.min_lr is None:
@@ -493,7 +561,8 @@ def load_each(argvs):
     """
     The Configs of several argv, a run config first in each, as the rows of a table: equal ones stand once.
 
-    A row is named after its blocks, 'spd x 12' or 'dense', if flags say others than its file.
+    A row is named after its blocks, 'spd x 12' or 'dense', if flags say others than its file. Ends the
+    program if they change during a run.
     """
     def blocks(config):
         return 'dense' if config.tp_size == 1 else pattern(config.block_types)
@@ -501,6 +570,9 @@ def load_each(argvs):
     rows = {}
     for argv in argvs:
         config = load(argv)
+        if config.block_types_at:
+            config.refuse(f'block_types_at is {config.block_types_at}, but a step has one set of blocks; '
+                          'leave it out and choose them by block_types')
         own = load([arg for arg in argv if not arg.startswith(('--block_types=', '--tp_size='))])
         if blocks(config) != blocks(own):
             config.wandb_run_name = blocks(config)

@@ -28,7 +28,7 @@ References  Megatron-LM (arXiv 1909.08053), section 3: f, g, column- and row-par
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -576,6 +576,13 @@ class GPT(nn.Module):
         if self.tp.simulated:
             return None, F.cross_entropy(self.lm_head(x), targets, ignore_index=-1)
         return None, vocab_parallel_cross_entropy(x, self.lm_head.weight, targets, self.tp)
+
+    def with_blocks(self, block_types):
+        """A GPT of other block types over this one's own parameters."""
+        with torch.device('meta'):
+            other = GPT(replace(self.config, block_types=block_types), self.tp)
+        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        return other
 
     def shard(self, tp):
         """A copy of this dense model with only this process's slices."""

@@ -6,10 +6,10 @@ Train several runs, one after another or a few at a time, always with the dense 
     python sweep.py --max_iters=20000 --seed=1,2,3 --dry_run --gpus=8 --gpu=H100          # what it would take
 
 Every --key=value goes on to train.py. Values separated by commas make a grid, each with each value of the
-other keys (block_types contains commas, so it takes one value). The dense control has one rank, so --tp_size,
---block_types and --merge do not apply to it: it is trained once for each combination of the other keys. A
-run's folder is named after the run and the keys that have several values, or another value than a run there
-that has the name; --out keeps sweeps apart:
+other keys (block_types and block_types_at contain commas, so they take one value). The dense control has one
+rank, so --tp_size, --block_types and --merge do not apply to it: it is trained once for each combination of
+the other keys. A run's folder is named after the run and the keys that have several values, or another value
+than a run there that has the name; --out keeps sweeps apart:
 
     out/gpt2-124M-12comm-seed2-tp4
 
@@ -64,6 +64,7 @@ from training import rundir
 
 OWN = {'out_dir', 'wandb_run_name'}  # keys that the sweep sets
 NOT_DENSE = VARIED - {'seed'}  # keys without a meaning for the dense control
+BLOCKS = {'block_types', 'block_types_at'}
 SHORT = {'seed': 'seed', 'tp_size': 'tp'}  # these go without '=' in a folder's name
 PERTURB = 0.001  # of the dense twin that shows the noise floor
 LONGEST = 200  # bytes in a run's name; file systems allow 255
@@ -120,7 +121,7 @@ def parse_grid(flags):
             fail(f'{flag}: the sweep starts and resumes its runs; it takes trained weights, as in gpt2')
         if key in grid:
             fail(f'{flag}: {key} is given twice; a list is --{key}={",".join(grid[key])},{text}')
-        grid[key] = [text] if key == 'block_types' else text.split(',')
+        grid[key] = [text] if key in BLOCKS else text.split(',')
     if '1' in grid.get('tp_size', []):
         fail('--tp_size has 1, which is the dense control; leave it out, the control is always trained')
     return {key: grid[key] for key in sorted(grid, key=lambda key: (key != 'seed', key == 'tp_size', key))}
@@ -157,7 +158,8 @@ def find_controls(files):
     dense = {}
     for file in [*files, *(os.path.relpath(path) for path in sorted(ROOT.glob('config/train_*.py')))]:
         config = vars(load([file]))
-        varied = config['perturb'] or config['embed_scale'] != 1 or set(config['block_types']) != {'tp'}
+        varied = (config['perturb'] or config['embed_scale'] != 1 or config['block_types_at']
+                  or set(config['block_types']) != {'tp'})
         if config['tp_size'] == 1 and not varied:
             dense.setdefault(json.dumps(recipe(config)), file)
     controls = [dense.get(json.dumps(recipe(vars(load([file]))))) for file in files]
@@ -181,10 +183,10 @@ def plan(files, withs, grid, out, floor=False, without_dense=False):
     def add(args, keys, end='', dense=False):
         config = load(args)
         # the name of a file speaks of its blocks, which a flag has changed
-        name = name_run(config, keys.keys() & (varied | {'block_types'}), end)
+        name = name_run(config, keys.keys() & (varied | BLOCKS), end)
         if taken := there.get(out / name):  # by a run of another value, if it is not this one
             changed = differences(taken['config'], vars(config)).keys() & keys.keys()
-            name = name_run(config, keys.keys() & (varied | {'block_types'} | changed), end)
+            name = name_run(config, keys.keys() & (varied | BLOCKS | changed), end)
         args = [*args, f'--wandb_run_name={name}', f'--out_dir={out / name}']
         twin = runs.setdefault(name, Run(args, load(args), dense))
         if twin.args != args:

@@ -16,7 +16,17 @@ from functools import cache
 import pytest
 import torch
 
-from configurator import ROOT, RUNS, begin_program, communications, fail, load, pattern
+from configurator import (
+    ROOT,
+    RUNS,
+    begin_program,
+    communications,
+    fail,
+    load,
+    mean_over_steps,
+    pattern,
+    stages,
+)
 from model import GPT, GPTConfig, count_all_reduces
 from variants import gpt_config
 
@@ -28,23 +38,37 @@ MAY_DIFFER = {'out_dir', 'wandb_run_name', 'block_types'}
 
 @cache
 def observe(path):
-    """(config, parameters, loss at init in nats per token, AllReduces) of a pass over two random windows."""
+    """
+    (config, parameters, loss at init in nats per token, AllReduces) of a pass over two random windows; the
+    last two as lists, for each of stages().
+    """
     config = load([str(ROOT / path)])
     torch.manual_seed(config.seed)
     model = GPT(gpt_config(vars(config), VOCAB_SIZE))
     tokens = torch.randint(VOCAB_SIZE, (2, 33), generator=torch.Generator().manual_seed(0))
-    with count_all_reduces() as observed:
-        loss = model(tokens[:, :-1], tokens[:, 1:])[1]
-        loss.backward()
-    return config, model.num_params(), loss.item(), observed
+    losses, observed = [], []
+    for _, block_types in stages(vars(config)):
+        model = model.with_blocks(block_types)
+        with count_all_reduces() as found:
+            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+            loss.backward()
+        losses.append(loss.item())
+        observed.append(found)
+    return config, model.num_params(), losses, observed
+
+
+def mean_communications(config):
+    """By the guide's count, over the steps of a run."""
+    counts = [communications(block_types, config.tp_size) for _, block_types in stages(vars(config))]
+    return f'{mean_over_steps(counts, vars(config)):g}'
 
 
 def check_loads(path):
     """The config loads, logs to the guide's project, and is named after its communications if no rival."""
     config, *_ = observe(path)
-    count = communications(config.block_types, config.tp_size)
+    count = mean_communications(config)
     named = config.wandb_run_name.split('-')[2:3]  # gpt2-124M-12comm-and-more
-    assert 'rivals/' in path or named == [f'{count}comm'] * bool(count), \
+    assert 'rivals/' in path or named == [f'{count}comm'] * (count != '0'), \
         f'{count} communications, but {config.wandb_run_name}'
     assert config.wandb_log and config.wandb_project == 'owt'
 
@@ -65,10 +89,11 @@ def check_size(path):
 
 def check_runs(path):
     """A pass works: untrained, its loss is about ln(vocab), with as many all-reduces backward as forward."""
-    config, _, loss, observed = observe(path)
-    assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'loss {loss:.3f} at init'
-    backward = observed.backward - ('fal' in config.block_types)  # what its MLPs read besides has one more
-    assert observed.forward == backward, f'{observed.forward} forward, {observed.backward} back'
+    config, _, losses, observed = observe(path)
+    for (_, block_types), loss, found in zip(stages(vars(config)), losses, observed, strict=True):
+        assert abs(loss - math.log(VOCAB_SIZE)) < 0.3, f'loss {loss:.3f} at init'
+        backward = found.backward - ('fal' in block_types)  # what its MLPs read besides has one more
+        assert found.forward == backward, f'{found.forward} forward, {found.backward} back'
 
 
 CHECKS = {'All configs load correctly': check_loads, 'Models have {} parameters (within 1%)': check_size,
@@ -116,14 +141,16 @@ def main(argv):
     for i, path in enumerate(runs, 1):
         print(f'{f"{i}/{len(runs)}":>5} {path:43}', end=' ', flush=True)  # the rest follows when it has run
         try:
-            config, parameters, loss, observed = observe(path)
+            config, parameters, losses, observed = observe(path)
         except (SystemExit, ValueError) as error:
             print(error)
             continue
-        kinds = 'dense control' if config.tp_size == 1 else pattern(config.block_types)
-        reduced = f'{observed.forward} + {observed.backward}'
-        print(f'{kinds:44} {communications(config.block_types, config.tp_size):5} {reduced:>11} '
-              f'{parameters:12,} {f"{loss:.3f} / {chance}":>25}', flush=True)
+        kinds = 'dense control' if config.tp_size == 1 else ' then '.join(
+            pattern(block_types) for _, block_types in stages(vars(config)))
+        reduced = ' + '.join(f'{mean_over_steps([getattr(found, way) for found in observed], vars(config)):g}'
+                             for way in ('forward', 'backward'))
+        print(f'{kinds:44} {mean_communications(config):>5} {reduced:>11} '
+              f'{parameters:12,} {f"{losses[0]:.3f} / {chance}":>25}', flush=True)
     print("\ncomms is the guide's count; all-reduces are those observed in a pass, forward + backward\n")
     failures = {words.format(sizes): [line for path in runs if (line := failure(check, path))]
                 for words, check in CHECKS.items()}

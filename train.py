@@ -17,7 +17,17 @@ import sys
 import time
 from contextlib import nullcontext
 
-from configurator import begin_program, communications, fail, load, model_vocab_size
+from configurator import (
+    begin_program,
+    blocks_after,
+    communications,
+    fail,
+    load,
+    mean_over_steps,
+    model_vocab_size,
+    pattern,
+    stages,
+)
 
 if __name__ == '__main__':
     begin_program()
@@ -85,8 +95,10 @@ def build_model(config, model_config, world, weights=None):
         dense.load_state_dict(weights)
     if config.perturb:
         perturb_weights(dense, config.perturb, config.seed)
-    observed = observe_all_reduces(dense)  # it also freezes parameters that no block uses
-    size = dict(all_reduces=summary(observed, config.dtype), parameters=dense.num_params(),
+    later = [dense.with_blocks(block_types) for _, block_types in stages(vars(config))[1:]]
+    # the run's first blocks come last: this also freezes parameters that no block uses
+    observed = [observe_all_reduces(model) for model in [*reversed(later), dense]][::-1]
+    size = dict(**counts(observed, config), parameters=dense.num_params(),
                 flops_per_token=dense.flops_per_token())
     model = dense if world.tp is None else dense.shard(world.tp)
     return model.to(world.device), size
@@ -105,9 +117,10 @@ def observe_all_reduces(model):
     The AllReduces of one eager pass over one token.
 
     A parameter without a gradient after this pass is one that no block uses (blocks of variants.py may leave
-    one out). It is frozen, because DDP would wait for its gradient.
+    one out). It is frozen, because DDP would wait for its gradient. Collective if sharded.
     """
-    idx = torch.zeros(1, 1, dtype=torch.long)
+    model.requires_grad_(True)
+    idx = torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device)
     with count_all_reduces() as observed:
         model(idx, idx)[1].backward()
     for p in model.parameters():
@@ -126,6 +139,25 @@ def summary(observed, dtype):
                 hidden=observed.hidden, bytes_per_token=size)
 
 
+def counts(observed, config):
+    """
+    What a run communicates, for run.json, from the AllReduces of each of its stages: the guide's count and
+    summary(), means over its steps; if the blocks change during the run, those of each stage too.
+    """
+    each = [dict(step=step, block_types=block_types,
+                 communications=communications(block_types, config.tp_size),
+                 all_reduces=summary(seen, config.dtype))
+            for (step, block_types), seen in zip(stages(vars(config)), observed, strict=True)]
+
+    def mean(values):
+        found = mean_over_steps(values, vars(config))
+        return int(found) if found.is_integer() else round(found, 2)
+
+    found = dict(communications=mean([one['communications'] for one in each]), all_reduces={
+        key: mean([one['all_reduces'][key] for one in each]) for key in each[0]['all_reduces']})
+    return found | (dict(stages=each) if len(each) > 1 else {})
+
+
 class Network:
     """A model and what trains it: raw_model the GPT itself, model compiled, ddp_model averaging gradients."""
 
@@ -135,6 +167,19 @@ class Network:
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
         device = raw_model.lm_head.weight.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == 'float16')
+
+    def use_blocks(self, block_types):
+        """Go on with these blocks over the same parameters and optimizer state. Collective if sharded."""
+        if block_types != self.raw_model.config.block_types:
+            self.raw_model = self.model = self.ddp_model = self.raw_model.with_blocks(block_types)
+            observe_all_reduces(self.raw_model)
+
+    def switch(self, block_types, micro_batch, config, world, say):
+        """use_blocks() during training. Collective."""
+        self.use_blocks(block_types)
+        torch.compiler.reset()
+        self.wrap(micro_batch, config, world, say)
+        say(f'the blocks are {pattern(block_types)} from here on')
 
     def wrap(self, micro_batch, config, world, say):
         """Compile the model and put DDP around it, as config and world ask for."""
@@ -202,7 +247,7 @@ def describe(config, corpus, size, world):
         name=config.wandb_run_name, state='running', iter=0, config=vars(config),
         corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
                     **{key: corpus.meta[key] for key in ('corpus', 'tokenizer', 'vocab_size')}),
-        communications=communications(config.block_types, config.tp_size), **size,
+        **size,
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
         processes=world.processes, device=world.device_name, git_commit=git_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
@@ -303,8 +348,9 @@ def read_batches(loader, step):
 
 def seed_dropout(config, step, world):
     """Dropout's masks follow from the step, so that a resumed run draws the same."""
-    seeds = np.random.SeedSequence((config.seed, step, world.ddp_rank))
-    torch.manual_seed(int(seeds.generate_state(1)[0]))
+    if config.dropout:
+        seeds = np.random.SeedSequence((config.seed, step, world.ddp_rank))
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
 
 
 def warn_nonfinite(bad_steps, loss, norm, lr, state, scaled, config, log):
@@ -356,6 +402,7 @@ def main(argv):
             raw_model, size = build_model(config, model_config, world, weights)
             net = Network(raw_model, config)
             state, saved_step, messages = fresh_or_resumed(net, resuming, config, corpus, world)
+        net.use_blocks(blocks_after(state.iter, vars(config)))
         if config.eval_only:
             loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
             words = f'val loss {loss:.6f} over {tokens:,} tokens of {corpus.meta["corpus"]}'
@@ -366,7 +413,7 @@ def main(argv):
         with Writer(net, state, info, log, config, corpus, world, saved_step) as writer:
             log.say(*introduction(info), *messages)
             net.wrap(loader.micro_batch, config, world, log.say)
-            stopping, bad_steps = False, 0
+            stopping, bad_steps, switches = False, 0, dict(stages(vars(config))[1:])
             while not stopping:
                 evaluating, best = evaluation_is_due(state, config), False
                 if evaluating:
@@ -383,10 +430,11 @@ def main(argv):
                 if state.iter == config.max_iters:
                     break
 
+                if state.iter in switches:
+                    net.switch(switches[state.iter], loader.micro_batch, config, world, log.say)
                 began, lr = time.perf_counter(), learning_rate(state.iter, config)
                 batches = read_batches(loader, state.iter)
-                if config.dropout:
-                    seed_dropout(config, state.iter, world)
+                seed_dropout(config, state.iter, world)
                 loss, norm, stopping = train_step(net, batches, lr, config, world, stopping=bool(signals))
                 state.iter += 1
                 log.timed.append(time.perf_counter() - began)

@@ -6,7 +6,7 @@ The plan of an experiment: a TOML file, committed before the first run, that eve
     tuning_seeds = [1, 2]               # chosen on these seeds
     answer_seeds = [3, 4, 5]            # and judged on these
     configs = ['config/train_gpt2.py']  # what is judged against dense
-    comparisons = [['spd x 12', 'palm x 12']]  # pairs besides, first minus second, by configurator.pattern
+    comparisons = [['spd x 12', 'palm x 12']]  # pairs besides, first minus second, as the tables call them
 
 All keys are optional; those of TEXT are for people. What a plan does not name is exploratory.
 """
@@ -16,7 +16,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 
-from configurator import ROOT, fail, load, pattern
+from configurator import ROOT, fail, load, stages
 
 # key -> (whether a value is right, what it must be)
 KEYS = dict(
@@ -54,25 +54,21 @@ class Plan:
 
     @cached_property
     def kinds(self):
-        """(tp_size 1 or not, block types, merge) of each config that it names."""
+        """(tp_size 1 or not, blocks, merge) of each config that it names."""
         return [kind(vars(load([str(ROOT / file)]))) for file in self.configs]
 
     def names(self, row):
         """Whether a row is one of its configs, or the dense control of any."""
-        return row.dense or kind(row.first.config) in self.kinds and set(row.variation) <= {'merge'}
+        return row.dense or (kind(row.first.config) in self.kinds
+                             and row.variation.keys() <= {'merge', 'block_types_at'})
 
     def names_pair(self, first, second):
         """Whether it names the comparison of two rows, first minus second."""
-        return [name_of(first), name_of(second)] in map(list, self.comparisons)
+        return [first.blocks, second.blocks] in map(list, self.comparisons)
 
 
 def kind(config):
-    return config['tp_size'] == 1, config['block_types'], config['merge']
-
-
-def name_of(row):
-    """How a plan names a row among its comparisons: the pattern of its blocks, 'dense' for the control."""
-    return 'dense' if row.dense else pattern(row.block_types)
+    return config['tp_size'] == 1, stages(config), config['merge']
 
 
 def parse_plan(file, sha256, text):

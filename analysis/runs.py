@@ -23,7 +23,7 @@ from scipy.stats import t
 
 from analysis.tuning import Tuning, free_keys
 from analysis.verdicts import Spread, Verdict, paired_t
-from configurator import VARIED, complete, fail, pattern, read_defaults, recipe
+from configurator import VARIED, complete, fail, pattern, read_defaults, recipe, stages
 from training.rundir import read_info, read_metrics
 
 TOKENS = dict(byte='byte', char='character', gpt2='GPT-2')
@@ -31,8 +31,7 @@ GUIDE_TYPES = {'tp', 'spd', 'parallel'}  # the guide's block types; any other ge
 # those whose every all-reduce is of the whole stream, and waited for
 WHOLE_TYPES = GUIDE_TYPES | {'attn_spd', 'palm'}
 ITEM_BYTES = dict(float32=4, bfloat16=2, float16=2)
-# block_types_at is part of block_types once these are resolved
-OTHER_VARIED = sorted(VARIED - {'seed', 'block_types', 'block_types_at', 'tp_size'})
+OTHER_VARIED = sorted(VARIED - {'seed', 'block_types', 'tp_size'})
 
 SPIKE_LINES = 10
 SPIKE = (f'a logged training loss above the highest of the {SPIKE_LINES} logged before it by more than their '
@@ -308,6 +307,7 @@ class Row:
     def __post_init__(self):
         self.first = next(iter(self.runs.values()))
         self.tp_size, self.block_types = self.first.config['tp_size'], self.first.config['block_types']
+        self.types = {name for _, block_types in stages(self.first.config) for name in block_types}
         self.variation = variation(self.first)
         self.dense, self.all_tp = is_dense(self.first), is_all_tp(self.first)
         self.communications = self.first.info['communications']
@@ -324,7 +324,7 @@ class Row:
     @property
     def other_types(self):
         """Its block types that are none of the guide's, sorted."""
-        return tuple(sorted(set(self.block_types) - GUIDE_TYPES))
+        return tuple(sorted(self.types - GUIDE_TYPES))
 
     @property
     def plain(self):
@@ -351,7 +351,7 @@ class Row:
     @property
     def whole(self):
         """Whether each of its all-reduces is of the whole stream, and waited for by the next sublayer."""
-        return set(self.block_types) <= WHOLE_TYPES
+        return self.types <= WHOLE_TYPES
 
     @property
     def blocking(self):

@@ -109,8 +109,8 @@ def rival_columns(found):
     return {
         'blocks': lambda row, own: row.blocks + row.note, 'tp': lambda row, own: str(row.tp_size),
         'all-reduces': lambda row, own: f'{count(row)}/{row.all_reduces["backward"]}',
-        'blocking': lambda row, own: number(row.blocking, 'd'),
-        'hidden': lambda row, own: number(row.hidden, 'd'),
+        'blocking': lambda row, own: number(row.blocking, 'g'),
+        'hidden': lambda row, own: number(row.hidden, 'g'),
         'MB a step': lambda row, own: number(row.step_bytes, '.4g', 1e-6),
         PREDICTED: lambda row, own: number(own['predicted_seconds'], '.4g', 1e3),
         'minus dense, 95% interval': lambda row, own: str(to_dense(row) or ''),

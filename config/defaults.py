@@ -39,6 +39,7 @@ gelu: Literal['erf', 'tanh'] = 'erf'  # the exact GELU, or its approximation in 
 vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
 tp_size: int = 2  # tensor-parallel ranks, R; 1 is the dense control
 block_types: list | None = None  # a type for each layer, or a pattern: tp,spd,spd; None: all tp
+block_types_at: str | None = None  # STEP:pattern[;STEP:pattern]: other blocks from there; STEP may be 25%
 merge: Literal['sum', 'mean', 'rsqrt', 'desync'] = 'sum'  # how a sync merges what the ranks have added
 dtp_delay: int = 1  # sublayers until the sum over ranks enters, in dtp blocks
 caat_share: float = 0.5  # of the channels, those that a sync of caat blocks sums

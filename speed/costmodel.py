@@ -32,7 +32,16 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from configurator import begin_program, communications, differences, fail, load, load_each
+from configurator import (
+    begin_program,
+    communications,
+    differences,
+    fail,
+    load,
+    load_each,
+    mean_over_steps,
+    stages,
+)
 
 # links and clusters
 
@@ -327,7 +336,7 @@ def step_tokens(config):
 
 def predicted_seconds(config, cluster, across=True, vocab_size=VOCAB_SIZE):
     """
-    Seconds that a training step of a run would take, sharded over a Cluster.
+    Seconds that a training step of a run would take, sharded over a Cluster; if its blocks change, the mean.
 
         predicted_seconds(info['config'], Cluster(gbit=25))  # info: the contents of run.json
 
@@ -337,9 +346,11 @@ def predicted_seconds(config, cluster, across=True, vocab_size=VOCAB_SIZE):
 
     Raises ValueError if the config makes no model or does not divide over the GPUs.
     """
-    config = SimpleNamespace(**config) if isinstance(config, dict) else config
-    links = cluster.links(config.tp_size, across)
-    return predict(*foresee(config, cluster, vocab_size), links)
+    keys = config if isinstance(config, dict) else vars(config)
+    links = cluster.links(keys['tp_size'], across)
+    return mean_over_steps([
+        predict(*foresee(SimpleNamespace(**keys | dict(block_types=block_types)), cluster, vocab_size), links)
+        for _, block_types in stages(keys)], keys)
 
 
 def print_layout(rows, control, cluster, across):

@@ -105,8 +105,9 @@ class Forecast:
         """
         alike = [pace for pace in self.paces.values()
                  if all(pace.config[key] == getattr(config, key) for key in SIZE)]
-        same = [pace for pace in alike if all(pace.config[key] == getattr(config, key)
-                                              for key in ('block_types', 'tp_size'))] or alike
+        blocks = 'block_types', 'block_types_at', 'tp_size'
+        same = [pace for pace in alike
+                if all(pace.config[key] == getattr(config, key) for key in blocks)] or alike
         if not same and self.gpu and config.device.startswith('cuda'):
             same = [pace for pace in [estimate_pace(config, self.gpu, self.processes)] if pace]
             self.estimated |= bool(same)
@@ -197,7 +198,7 @@ def is_all_tp(run):
     """Whether a run computes the control's function with several ranks: it is no comparison."""
     config = run.config
     return (set(config.block_types) == {'tp'} and config.merge == 'sum' and not config.perturb
-            and config.embed_scale == 1 and not run.dense)
+            and config.embed_scale == 1 and not config.block_types_at and not run.dense)
 
 
 def spread_of(runs):

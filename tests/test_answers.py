@@ -304,7 +304,8 @@ def test_the_first_plan_is_right():
     text = (compare.Path(__file__).parent.parent / 'results/answer/plan.toml').read_text()
     found = plan.parse_plan('plan.toml', 'abc', text)
     assert (found.margin, found.tuned, found.tuning_seeds) == (0.02, 'learning_rate', (1, 2))
-    assert (True, NETS[24], 'sum') in found.kinds and (False, ['palm'] * 12, 'sum') in found.kinds
+    kinds = [(dense, blocks, merge) for dense, [(_, blocks)], merge in found.kinds]
+    assert (True, NETS[24], 'sum') in kinds and (False, ['palm'] * 12, 'sum') in kinds
 
 
 # what is open

@@ -177,7 +177,7 @@ def test_comparisons_are_of_rows_that_differ_in_one_thing(tmp_path):
 
 @pytest.mark.parametrize('change', [
     dict(merge='mean'), dict(block_types=['mean_spd'] * 12),  # the second as earlier versions called it
-    dict(embed_scale=2.0), dict(perturb=1e-7),
+    dict(embed_scale=2.0), dict(perturb=1e-7), dict(block_types_at='10:tp'),
     *(dict(block_types=[name, *['spd'] * 11]) for name in [*sorted(COMMUNICATIONS.keys() - runs.GUIDE_TYPES),
                                                            'unlisted'])])
 def test_other_merges_and_blocks_are_on_curves_of_their_own(tmp_path, change):
@@ -188,7 +188,8 @@ def test_other_merges_and_blocks_are_on_curves_of_their_own(tmp_path, change):
     curves = findings.curves(rows)
     assert [[row.name for row in curve] for curve in curves] == [['plain'], ['other']]
     names = [findings.curve_name(row) for row, in curves]
-    assert names[0] == 'tp_size 4' and re.match('tp_size 4, (merge mean|embed_scale|perturb|with )', names[1])
+    others = 'merge mean|embed_scale|perturb|block_types_at 10:tp|with '
+    assert names[0] == 'tp_size 4' and re.match(f'tp_size 4, ({others})', names[1])
     assert rows[1].label != rows[2].label and rows[1].title != rows[2].title
     assert families.candidates(rows, 4) == [row for row in rows if row.name == 'plain']
 

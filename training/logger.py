@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import fail, read_defaults
+from configurator import fail, read_defaults, stages
 from training.distributed import peak_flops
 
 # of run.json, beside the config: what dashboards filter and plot by
@@ -96,9 +96,10 @@ def readable(config):
 
 def tags(config, info):
     """What to filter a project's runs by: the count, the block types, the ranks and how they are held."""
+    types = sorted({name for _, block_types in stages(vars(config)) for name in block_types})
     if config.tp_size == 1:
-        return ['one rank', *sorted(set(config.block_types))]
-    return [f'{info["communications"]} communications', *sorted(set(config.block_types)),
+        return ['one rank', *types]
+    return [f'{info["communications"]} communications', *types,
             f'tp_size {config.tp_size}', 'sharded' if config.shard else 'simulated']
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import SHAPE, complete
+from configurator import SHAPE, blocks_after, complete
 from data.corpus import VOCAB_SIZES, byte_units
 from model import GPT
 from training import checkpoint
@@ -164,6 +164,7 @@ def read_file(path):
     saved = checkpoint.read(path, mmap=True)
     if checkpoint.KEYS <= saved.keys():
         keys = complete(saved['config']) | dict(vocab_size=saved['vocab_size'])
+        keys |= dict(block_types=blocks_after(saved['iter'], keys), block_types_at=None)
         return checked(path, keys, saved['model'], saved['corpus'])
     if not {'model', 'model_args'} <= saved.keys():
         raise ValueError(f'{path} is not a checkpoint that train.py or nanoGPT wrote')

@@ -27,7 +27,7 @@ from configurator import ROOT, complete, describe_changes, differences, fail
 # a save may be interrupted between two renames; ckpt-new.pt is there for a moment, and whole
 LATEST = ('ckpt-new.pt', 'ckpt.pt', 'ckpt-previous.pt')
 NEEDED = dict(name=str, state=str, config=dict, corpus=dict, all_reduces=dict, parameters=int,
-              communications=int, iter=int, val_loss=float | int | None)  # of a run.json
+              communications=int | float, iter=int, val_loss=float | int | None)  # of a run.json
 
 NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP  # what flock() says on a file system without locks
 locks = []  # open files, whose locks last as long as this process
