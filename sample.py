@@ -6,8 +6,8 @@ Text from a trained run.
     python sample.py --init_from=gpt2 --start="The"
     torchrun --standalone --nproc_per_node=2 sample.py --shard=True --prompt=def --out_dir=...
 
-The checkpoint says which tokenizer, block_types (the last) and tp_size it was trained with. With --shard=True each
-process holds one tensor-parallel rank, and draws the text that one process simulating all would draw.
+The checkpoint says which tokenizer, block_types (the last) and tp_size it was trained with. With --shard=True
+each process holds one tensor-parallel rank, and draws the text that one process simulating all would draw.
 """
 
 import argparse

@@ -11,23 +11,12 @@ batches of a step follow from (seed, step) alone, so that runs differ in nothing
 """
 
 import math
-import platform
 import signal
 import sys
 import time
 from contextlib import nullcontext
 
-from configurator import (
-    begin_program,
-    blocks_after,
-    communications,
-    fail,
-    load,
-    mean_over_steps,
-    model_vocab_size,
-    pattern,
-    stages,
-)
+from configurator import begin_program, blocks_after, fail, load, model_vocab_size, pattern, stages
 
 if __name__ == '__main__':
     begin_program()
@@ -43,9 +32,9 @@ from model import GPT, count_all_reduces
 from training.checkpoint import Writer, fresh_or_resumed
 from training.diagnostics import diagnose
 from training.distributed import all_reduce_sum, find_world, joined, on_rank0, require_agreement
-from training.logger import Log, introduction
+from training.logger import Log, counts, describe, introduction
 from training.pretrained import initial_weights
-from training.rundir import claim, git_commit, read_plan
+from training.rundir import claim, git_commit
 from variants import gpt_config
 
 RESUMABLE = 75  # exit status, EX_TEMPFAIL: stopped by a signal, saved, can be resumed
@@ -129,35 +118,6 @@ def observe_all_reduces(model):
     return observed
 
 
-def summary(observed, dtype):
-    """
-    The AllReduces of a pass over one token in float32, for run.json: how many forward and backward; how many
-    of the forward ones are blocking and how many hidden; the bytes of all, both ways, in dtype.
-    """
-    size = sum(size for _, _, size in observed) * getattr(torch, dtype).itemsize // torch.float32.itemsize
-    return dict(forward=observed.forward, backward=observed.backward, blocking=observed.blocking,
-                hidden=observed.hidden, bytes_per_token=size)
-
-
-def counts(observed, config):
-    """
-    What a run communicates, for run.json, from the AllReduces of each of its stages: the guide's count and
-    summary(), means over its steps; if the blocks change during the run, those of each stage too.
-    """
-    each = [dict(step=step, block_types=block_types,
-                 communications=communications(block_types, config.tp_size),
-                 all_reduces=summary(seen, config.dtype))
-            for (step, block_types), seen in zip(stages(vars(config)), observed, strict=True)]
-
-    def mean(values):
-        found = mean_over_steps(values, vars(config))
-        return int(found) if found.is_integer() else round(found, 2)
-
-    found = dict(communications=mean([one['communications'] for one in each]), all_reduces={
-        key: mean([one['all_reduces'][key] for one in each]) for key in each[0]['all_reduces']})
-    return found | (dict(stages=each) if len(each) > 1 else {})
-
-
 class Network:
     """A model and what trains it: raw_model the GPT itself, model compiled, ddp_model averaging gradients."""
 
@@ -239,19 +199,6 @@ def loss_and_norm(model, candidate, x, y, windows, config, world):
     norm = model.gradient_norm()
     model.zero_grad(set_to_none=True)
     return torch.stack((total, norm))
-
-
-def describe(config, corpus, size, world):
-    """run.json from a run's start on: what it is, and what made it."""
-    return dict(
-        name=config.wandb_run_name, state='running', iter=0, config=vars(config),
-        corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
-                    **{key: corpus.meta[key] for key in ('corpus', 'tokenizer', 'vocab_size')}),
-        **size,
-        tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
-        processes=world.processes, device=world.device_name, git_commit=git_commit(),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-        plan=config.plan and read_plan(config.plan), argv=sys.argv[1:])
 
 
 # a step and an evaluation
@@ -377,6 +324,20 @@ def evaluation_is_due(state, config):
     return regular and state.evaluated != state.iter
 
 
+def log_evaluation(net, state, corpus, log, config, world):
+    """Evaluate and log it. Returns whether the validation loss is the lowest so far. Collective."""
+    began = time.perf_counter()
+    state.val_loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
+    extras = evaluate_extras(net, corpus, config, world)
+    state.evaluated = state.iter
+    state.seconds += time.perf_counter() - began
+    best = state.val_loss < state.best_val_loss  # never if the loss is not a number
+    if best:
+        state.best_val_loss = state.val_loss
+    log.evaluation(state, tokens, best, extras)
+    return best
+
+
 def save_is_due(state, evaluated, best, saved_step, config):
     """
     At each checkpoint_interval, or without one at evaluations if always_save_checkpoint; at the best and the
@@ -415,16 +376,8 @@ def main(argv):
             net.wrap(loader.micro_batch, config, world, log.say)
             stopping, bad_steps, switches = False, 0, dict(stages(vars(config))[1:])
             while not stopping:
-                evaluating, best = evaluation_is_due(state, config), False
-                if evaluating:
-                    began = time.perf_counter()
-                    loss, tokens = evaluate(net.model, corpus.val, config.eval_tokens, config, world)
-                    state.val_loss, state.evaluated = loss, state.iter
-                    extras = evaluate_extras(net, corpus, config, world)
-                    state.seconds += time.perf_counter() - began
-                    best = loss < state.best_val_loss  # never if the loss is not a number
-                    state.best_val_loss = loss if best else state.best_val_loss
-                    log.evaluation(state, tokens, best, extras)
+                evaluating = evaluation_is_due(state, config)
+                best = evaluating and log_evaluation(net, state, corpus, log, config, world)
                 if save_is_due(state, evaluating, best, writer.saved_step, config):
                     writer.save(best)
                 if state.iter == config.max_iters:

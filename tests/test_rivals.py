@@ -28,7 +28,8 @@ from model import GPT, GPTConfig, TPGroup, count_all_reduces, join_shards  # noq
 from reference import reference_loss  # noqa: E402
 from reference_rivals import reference_rivals  # noqa: E402
 from speed.costmodel import Link, design_messages, predict  # noqa: E402
-from train import observe_all_reduces, summary  # noqa: E402
+from train import observe_all_reduces  # noqa: E402
+from training.logger import summary  # noqa: E402
 from variants import gpt_config  # noqa: E402
 
 B, T, C, V = 2, 5, 24, 29

@@ -1,22 +1,25 @@
 """
-What a run says while it runs: metrics.jsonl always, plain lines or a progress bar on the terminal, W&B if
-wanted.
+What a run says of itself: run.json at its start, metrics.jsonl while it trains, plain lines or a progress bar
+on the terminal, W&B if wanted.
 """
 
 import json
 import math
 import os
+import platform
 import re
 import sys
 import textwrap
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import fail, read_defaults, stages
+from configurator import communications, fail, mean_over_steps, read_defaults, stages
 from training.distributed import peak_flops
+from training.rundir import git_commit, read_plan
 
 # of run.json, beside the config: what dashboards filter and plot by
 TRACKED = {'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus'}
@@ -68,6 +71,48 @@ def finite(value):
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(observed, dtype):
+    """
+    The AllReduces of a pass over one token in float32, for run.json: how many forward and backward; how many
+    of the forward ones are blocking and how many hidden; the bytes of all, both ways, in dtype.
+    """
+    size = sum(size for _, _, size in observed) * getattr(torch, dtype).itemsize // torch.float32.itemsize
+    return dict(forward=observed.forward, backward=observed.backward, blocking=observed.blocking,
+                hidden=observed.hidden, bytes_per_token=size)
+
+
+def counts(observed, config):
+    """
+    What a run communicates, for run.json, from the AllReduces of each of its stages: the guide's count and
+    summary(), means over its steps; if the blocks change during the run, those of each stage too.
+    """
+    each = [dict(step=step, block_types=block_types,
+                 communications=communications(block_types, config.tp_size),
+                 all_reduces=summary(seen, config.dtype))
+            for (step, block_types), seen in zip(stages(vars(config)), observed, strict=True)]
+
+    def mean(values):
+        found = mean_over_steps(values, vars(config))
+        return int(found) if found.is_integer() else round(found, 2)
+
+    found = dict(communications=mean([one['communications'] for one in each]), all_reduces={
+        key: mean([one['all_reduces'][key] for one in each]) for key in each[0]['all_reduces']})
+    return found | (dict(stages=each) if len(each) > 1 else {})
+
+
+def describe(config, corpus, size, world):
+    """run.json from a run's start on: what it is, and what made it."""
+    return dict(
+        name=config.wandb_run_name, state='running', iter=0, config=vars(config),
+        corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
+                    **{key: corpus.meta[key] for key in ('corpus', 'tokenizer', 'vocab_size')}),
+        **size,
+        tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
+        processes=world.processes, device=world.device_name, git_commit=git_commit(),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+        plan=config.plan and read_plan(config.plan), argv=sys.argv[1:])
 
 
 def introduction(info):
