@@ -11,10 +11,21 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from configurator import check_blocks
-from model import Block, GPTConfig, add_optional, checks, compute_dtype, enter_stream, f_op, g_op
+from model import (
+    Block,
+    GPTConfig,
+    add_optional,
+    checks,
+    compute_dtype,
+    enter_stream,
+    f_op,
+    g_op,
+    open_counters,
+)
 
 checks.append(check_blocks)
 
@@ -70,18 +81,93 @@ class StaleBlock(Block, name='stale'):
         return s._replace(carry=stale)
 
 
+class Flight:
+    """
+    A hidden all-reduce each way: started where its sum is known, waited for where it is read.
+
+    g_op and f_op are cut in two halves, take_off() and land(). What lies between them reads neither sum.
+    """
+    hide = True  # False: none is started early, which bench.py compares
+
+    def __init__(self, tp):
+        self.group = tp.group
+
+    def start(self, way, partial):
+        for counter in open_counters:
+            counter.append((way, 'hidden', partial.nbytes))
+        self.message = partial.clone(memory_format=torch.contiguous_format)
+        self.work = dist.all_reduce(self.message, group=self.group, async_op=True)
+
+    def wait(self):
+        self.work.wait()
+        message, self.message = self.message, None
+        return message
+
+    def take_off(self, partial, c):
+        """partial, c (B, T, C) -> c for land()"""
+        return TakeOff.apply(partial.to(compute_dtype(partial)), c, self)
+
+    def land(self, c):
+        """c -> c + the sum over ranks, replicated, and the same again, to be read by the ranks"""
+        return Land.apply(c, self)
+
+
+class TakeOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial, c, flight):
+        ctx.flight = flight
+        flight.start('forward', partial)
+        return c.view_as(c)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad + ctx.flight.wait().to(grad.dtype)
+        return grad, grad, None
+
+
+class Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, c, flight):
+        ctx.flight, ctx.dtype = flight, compute_dtype(c)
+        c = c + flight.wait()
+        return c, c.view_as(c)
+
+    @staticmethod
+    def backward(ctx, grad, grad_u):
+        ctx.flight.start('backward', grad_u.to(ctx.dtype))
+        return grad, None
+
+
+def new_flight(s, n, block):
+    """A Flight for what a sublayer of the block adds to c n sublayers later; None if sent only then."""
+    types, first = block.config.block_types, 2 * block.config.n_layer - s.left
+    own, between = types[block.layer], types[first // 2:(first + n + 1) // 2]
+    if s.tp.simulated or torch.compiler.is_compiling() or not Flight.hide or s.left <= n:
+        return None
+    # another type may sync before, which sends it too
+    return Flight(s.tp) if set(between) <= {own, 'parallel'} else None
+
+
 class Arrival(NamedTuple):
     """An entry of Stream.due: what enters c by a hidden all-reduce once only `left` sublayers are to come."""
     left: int
     P: torch.Tensor | None = None  # drifted, P_r of one sublayer; None: all that is apart
+    flight: Flight | None = None  # if the all-reduce is on its way
+    zero: torch.Tensor | None = None  # of P's flight, to which the sum is added
 
     def enter(self, s):
-        if self.P is None:
+        if self.P is None and self.flight is None:
             return s.sync(kind='hidden')
+        if self.P is None:
+            c, u = self.flight.land(s.c)
+            return s._replace(c=c, u=u, d_sum=None, due=())
         P_sum = self.P.sum(0)  # partial (B, T, C)
-        total = g_op(P_sum.to(compute_dtype(P_sum)), s.tp, kind='hidden').to(s.c.dtype)
-        u = s.u - self.P + f_op(total, s.tp, kind='hidden')
-        return s._replace(c=s.c + total, u=u, d_sum=s.d_sum - P_sum, due=s.due[1:])
+        if self.flight is None:
+            total = g_op(P_sum.to(compute_dtype(P_sum)), s.tp, kind='hidden').to(s.c.dtype)
+            total_u = f_op(total, s.tp, kind='hidden')
+        else:
+            total, total_u = self.flight.land(self.zero)
+        return s._replace(c=s.c + total, u=s.u - self.P + total_u, d_sum=s.d_sum - P_sum, due=s.due[1:])
 
     def without(self, k):
         """The same without P's first k channels."""
@@ -100,11 +186,12 @@ class LadderBlock(Block, name='ladder'):
         return self.late_sync(s, self.mlp(self.ln_2(s.u)))
 
     def late_sync(self, s, product):
-        s = s.arrive(1)
+        P_sum, s = product.sum_over_ranks(), s.arrive(1)
         # c and d_sum are not read before that sync, and u stays
-        c = add_optional(s.c, enter_stream(product.bias(), s.tp))
-        d_sum = add_optional(product.sum_over_ranks(), s.d_sum)
-        return s._replace(c=c, d_sum=d_sum, due=(Arrival(s.left - 1), *s.due))
+        c, d_sum = add_optional(s.c, enter_stream(product.bias(), s.tp)), add_optional(P_sum, s.d_sum)
+        flight = new_flight(s, 1, self)
+        c = flight.take_off(d_sum, c) if flight else c
+        return s._replace(c=c, d_sum=d_sum, due=(Arrival(s.left - 1, flight=flight), *s.due))
 
 
 class DTPBlock(Block, name='dtp'):
@@ -123,7 +210,9 @@ class DTPBlock(Block, name='dtp'):
             return s.sync(product)
         P = product.per_rank().to(s.c.dtype)  # drifted
         s = s.add(Multiplied(P, product.bias()))
-        return s._replace(due=(*s.due, Arrival(s.left - self.config.dtp_delay, P)))
+        flight = new_flight(s, self.config.dtp_delay, self)
+        zero = flight and flight.take_off(P.sum(0), s.c.new_zeros(()).expand_as(s.c))
+        return s._replace(due=(*s.due, Arrival(s.left - self.config.dtp_delay, P, flight, zero)))
 
 
 class Multiplied(NamedTuple):

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -269,6 +270,55 @@ def test_a_hidden_all_reduce_costs_what_it_takes_beyond_a_sublayers_compute():
             took = predict(1.0, messages, dict(tp=Link(seconds, math.inf)))
             saving = 2 * hidden * (min(seconds, 1 / 36) + min(seconds, 2 / 36))
             assert took == pytest.approx(1 + len(messages) * seconds - saving)
+
+
+class Work(NamedTuple):
+    """What dist.all_reduce returns, and what is written into a list when it is waited for."""
+    work: dist.Work
+    events: list
+    start: tuple
+
+    def wait(self):
+        self.events.append(('wait', self.start))
+        self.work.wait()
+
+
+@pytest.mark.parametrize('types, settings, hidden', [
+    (['ladder'] * 3, {}, 4), (['dtp'] * 3, dict(dtp_delay=1), 4), (['dtp'] * 4, dict(dtp_delay=3), 4),
+    (['ladder', 'parallel', 'ladder', 'tp', 'ladder'], {}, 3), (['dtp', 'spd', 'dtp', 'dtp'], {}, 3)])
+def test_a_hidden_all_reduce_is_on_its_way_while_sublayers_compute(types, settings, hidden, tmp_path,
+                                                                   monkeypatch):
+    """Both ways, unless a type follows that may sync before. The process reduces over a group of itself."""
+    events, all_reduce = [], dist.all_reduce
+
+    def logged(message, group, async_op=False):
+        work = all_reduce(message, group=group, async_op=async_op)
+        if async_op:
+            events.append(('start', len(events)))
+            return Work(work, events, events[-1])
+
+    def check():
+        starts = [event for event in events if event[0] == 'start']
+        assert len(starts) == hidden and set(starts) == {event[1] for event in events if event[0] == 'wait'}
+        for start in starts:
+            between = events[events.index(start):events.index(('wait', start))]
+            assert between.count(('sublayer',)) == settings.get('dtp_delay', 1)
+
+    monkeypatch.setattr(dist, 'all_reduce', logged)
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
+    try:
+        model = build(types, 2, **settings).shard(TPGroup(2, 1, dist.group.WORLD))
+        for block in model.transformer.h:
+            for first in block.attn.c_attn, block.mlp.c_fc:
+                first.register_forward_hook(lambda *_: events.append(('sublayer',)))
+                first.weight.register_hook(lambda _: events.append(('sublayer',)))
+        loss = model(batch()[0])[0].square().mean()
+        check()
+        events.clear()
+        loss.backward()
+        check()
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('dtype, width', [('float32', 4), ('bfloat16', 2), ('float16', 2)])
