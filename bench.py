@@ -4,6 +4,7 @@ How fast a training step is, config by config: as ratios to the dense control, o
     python bench.py --batch_size=1 --block_size=256 --device=cpu --dtype=float32 --compile=False
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
     torchrun --standalone --nproc_per_node=8 bench.py --shard --tp_size=2
+    torchrun --standalone --nproc_per_node=2 bench.py --shard --decode --prompt=1024 --new=128 --batch=1
     python bench.py --input --device=cpu
     python bench.py --kept --device=cpu --batch_size=12 --block_size=1024
 
@@ -19,7 +20,9 @@ peers. A sweep of all-reduces measures the links, and the cost model's predictio
 measured.
 
 --input measures the reading of a step's windows in place of the step, and --kept the memory that a step's
-forward pass keeps for its backward pass. --json=FILE keeps the numbers of any of these, unrounded.
+forward pass keeps for its backward pass. --decode measures generating text, with --textbook beside a loop
+that recomputes the whole text for each token, with --shard over the processes of one tensor-parallel group.
+--json=FILE keeps the numbers of any of these, unrounded.
 """
 
 import argparse
@@ -30,7 +33,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from configurator import RUNS, begin_program, fail, load_each, model_vocab_size, read_file
+from configurator import (
+    RUNS,
+    add_text_arguments,
+    begin_program,
+    check_text_arguments,
+    fail,
+    load_each,
+    model_vocab_size,
+    read_file,
+)
 
 CONTROL, SHARDED_CONTROL = 'config/train_gpt2.py', 'config/train_gpt2_24comm.py'
 
@@ -53,6 +65,7 @@ def parse_args(argv):
     parser.add_argument('--input', action='store_true', help='measure the reading of windows instead')
     parser.add_argument('--kept', action='store_true', help='measure what a forward pass keeps instead')
     parser.add_argument('--shard', action='store_true', help='one tensor-parallel rank per process')
+    add_text_arguments(parser, 'measure generating text instead')
     parser.add_argument('--gbit', type=float, help='sharded: predict for a link of this rate, too')
     parser.add_argument('--latency_us', type=float, default=30.0, help='its latency, in microseconds')
     args, flags = parser.parse_known_intermixed_args(argv)
@@ -64,11 +77,13 @@ def parse_args(argv):
         fail(f'--latency_us is {args.latency_us:g}, it must be at least 0')
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         fail(f'--json is {args.json}, it must be a file in a folder that exists')
+    check_text_arguments(args)
     unsharded = [name for name in ('textbook', 'profile', 'input', 'kept') if getattr(args, name)]
     if args.shard and unsharded:
         fail(f'--{unsharded[0]} is for one process; leave out --shard')
-    if args.input and args.kept:
-        fail('--input and --kept are two measurements; choose one')
+    measurements = [f'--{name}' for name in ('input', 'kept', 'decode') if getattr(args, name)]
+    if len(measurements) > 1:
+        fail(f'{" and ".join(measurements)} are two measurements; choose one')
     return args, flags
 
 
@@ -83,6 +98,7 @@ import torch.nn.functional as F
 from data.corpus import Tokens
 from data.dataloader import TrainLoader
 from speed.candidates import Candidate, interval, print_results, result, take_turns
+from speed.decode import bench_decode
 from speed.memory import bench_kept
 from speed.sharded import bench_sharded
 from train import autocast
@@ -208,6 +224,8 @@ def main(argv):
         report = bench_input(configs[0], args)
     elif args.kept:
         report = bench_kept(configs, args)
+    elif args.decode:
+        report = bench_decode(configs, args)
     else:
         report = (bench_sharded if args.shard else bench_simulated)(configs, args)
     if args.json and report:

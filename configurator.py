@@ -87,6 +87,20 @@ def fail(message):
     sys.exit(f'error: {message}')
 
 
+def add_text_arguments(parser, words):
+    """Of the scripts that measure or predict how fast text is generated."""
+    parser.add_argument('--decode', action='store_true', help=words)
+    parser.add_argument('--prompt', type=int, default=1024, help='--decode: tokens of a prompt')
+    parser.add_argument('--new', type=int, default=128, help='--decode: tokens that are generated after it')
+    parser.add_argument('--batch', type=int, default=1, help='--decode: texts at once')
+
+
+def check_text_arguments(args):
+    for name, least in dict(prompt=1, new=2, batch=1).items():
+        if getattr(args, name) < least:
+            fail(f'--{name} is {getattr(args, name)}, it must be at least {least}')
+
+
 class Output:
     """
     stdout or stderr, which the program outlives: what a closed terminal, a full disk or a reader that has

@@ -55,6 +55,10 @@ class TPGroup(NamedTuple):
         """L, the number of ranks in this process."""
         return self.size if self.simulated else 1
 
+    def all_reduce(self, message):
+        """Sum it over the ranks, in place."""
+        dist.all_reduce(message, group=self.group)
+
 
 class AllReduces(list):
     """(pass, kind, bytes) of each all-reduce of the residual stream: forward by g_op, backward by f_op."""
@@ -96,7 +100,7 @@ class FOp(torch.autograd.Function):
             counter.append(('backward', ctx.kind, grad.numel() * ctx.dtype.itemsize))
         if not ctx.tp.simulated:
             message = grad.to(ctx.dtype, copy=True).contiguous()
-            dist.all_reduce(message, group=ctx.tp.group)
+            ctx.tp.all_reduce(message)
             grad = message.to(grad.dtype)
         return grad, None, None
 
@@ -109,7 +113,7 @@ class GOp(torch.autograd.Function):
         if tp.simulated:
             return partial.view_as(partial)
         message = partial.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(message, group=tp.group)
+        tp.all_reduce(message)
         return message
 
     @staticmethod

@@ -4,6 +4,7 @@ What a sharded training step takes if the network counts: its all-reduces, a lin
     step time = compute of one rank + sum over the step's all-reduces of (alpha + bytes / beta)
 
     python -m speed.costmodel config/train_gpt2_*comm.py --gbit=25 --nodes=2 --gpus=8
+    python -m speed.costmodel config/train_gpt2_*comm.py --gbit=400 --decode --prompt=1024 --new=128
 
 The command predicts what GPUs that are not here would take and gain, by falling number of all-reduces, with
 dense, data-parallel alone, and TP blocks alone beside what was named. On real processes, `bench.py --shard`
@@ -17,10 +18,15 @@ Assumptions
 - A hidden all-reduce (see model.py) overlaps with one sublayer's compute and costs what it takes beyond that.
   A sublayer has 1 / (2 n_layer) of a micro-batch's compute: a third of that forward, the rest backward.
 - Nothing else overlaps, not even the data-parallel average with the backward pass, and no process waits for a
-  late peer. On real processes here, hidden all-reduces are waited for at once, and bench.py sees them so.
+  late peer. On real processes those of ladder and dtp overlap, and bench.py sees them so; it also measures
+  what they take if they are waited for at once, as those of fal and stale are.
 - The command's compute is PaLM's count of FLOPs at --gpu_tflops, the same for every config, and its
   data-parallel average is one message of all gradients that a process holds, in float32. bench.py measures
   the former and observes the latter.
+- With --decode it is text that is generated, on tp_size GPUs. A token reads each weight of a rank once, and
+  the keys and values so far, at --memory_gbs; a prompt takes its FLOPs at --gpu_tflops. Kernels take no time
+  to start, so that a small model is slower than this. A message takes --alpha_us inside a node,
+  --alpha_between_us between nodes, and its bytes.
 """
 
 import argparse
@@ -33,7 +39,9 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from configurator import (
+    add_text_arguments,
     begin_program,
+    check_text_arguments,
     communications,
     differences,
     fail,
@@ -78,6 +86,11 @@ class Cluster:
     node_gbit: float = setting(3600.0, 'Gbit/s between the GPUs of a node, each way; 3600 is NVLink 4')
     node_latency_us: float = setting(5.0, 'latency of a message inside a node, in microseconds')
     gpu_tflops: float = setting(400.0, 'what a GPU reaches in a step, not its peak, in TFLOP/s')
+    # --decode. 2 to 4 KB in a CUDA graph take 9 us by symmetric memory, 17 by NCCL, and 27 to 48 eagerly
+    # (sglang issue 10571); a tiny message between nodes 31 us (nccl-tests issue 214)
+    alpha_us: float = setting(9.0, '--decode: a small all-reduce inside a node, in microseconds')
+    alpha_between_us: float = setting(31.0, '--decode: a small all-reduce between nodes, in microseconds')
+    memory_gbs: float = setting(2700.0, "--decode: what a GPU reads, in GB/s; an H100's peak is 3350")
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -110,7 +123,7 @@ class Cluster:
 
 
 def parse_args(argv):
-    """(config files, a Cluster's fields as a dict, what is composed after each file: files, then flags)"""
+    """(args, a Cluster's fields as a dict, what is composed after each config: files, then flags)"""
     parser = argparse.ArgumentParser(
         prog='python -m speed.costmodel', description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -119,12 +132,14 @@ def parse_args(argv):
     parser.add_argument('configs', nargs='+', help='run configs')
     parser.add_argument('--with', dest='withs', metavar='FILE', action='append', default=[],
                         help='a config file composed after each; may be repeated')
+    add_text_arguments(parser, 'predict text, on tp_size GPUs, in place of a step')
     for key in fields(Cluster):
         default = dict(required=True) if key.default is MISSING else dict(default=key.default)
         parser.add_argument(f'--{key.name}', type=key.type, **key.metadata, **default)
     args, flags = parser.parse_known_intermixed_args(argv)
-    cluster = vars(args)
-    return cluster.pop('configs'), cluster, [*cluster.pop('withs'), *flags]
+    check_text_arguments(args)
+    cluster = {key.name: getattr(args, key.name) for key in fields(Cluster)}
+    return args, cluster, [*args.withs, *flags]
 
 
 if __name__ == '__main__':
@@ -224,9 +239,9 @@ class Collectives(TorchDispatchMode):
     independent of f_op and g_op, which count themselves. DDP's all-reduces are seen as well.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, behind):
         super().__init__()
-        self.messages, self.in_forward, self.group = [], False, model.tp.group
+        self.messages, self.in_forward, self.group, self.behind = [], False, model.tp.group, behind
         self.hooks = [model.register_forward_pre_hook(lambda *_: setattr(self, 'in_forward', True)),
                       model.register_forward_hook(lambda *_: setattr(self, 'in_forward', False))]
 
@@ -238,8 +253,10 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if 'c10d' in func.namespace:
             assert func is torch.ops.c10d.allreduce_.default, f'{func} is a collective that nobody counts'
-            group = dist.ProcessGroup.unbox(args[1])
-            self.messages += [Message(self.kind(tensor, group), tensor.nbytes) for tensor in args[0]]
+            group, waited_for = dist.ProcessGroup.unbox(args[1]), args[4:5] == (False,)
+            kinds = [self.kind(tensor, group) for tensor in args[0]]
+            self.messages += [Message(kind, tensor.nbytes, 0.0 if waited_for else self.behind.get(kind, 0.0))
+                              for kind, tensor in zip(kinds, args[0])]
         return func(*args, **(kwargs or {}))
 
     def kind(self, tensor, group):
@@ -252,14 +269,27 @@ class Collectives(TorchDispatchMode):
         return 'gradients' if self.group and group.group_name == self.group.group_name else 'average'
 
 
-def observe_step(model, step):
+def behind_sublayer(n_layer, micro_steps=1):
+    """Of each way, the share of a training step's compute that a hidden all-reduce overlaps with."""
+    sublayer = 1 / (2 * n_layer * micro_steps)
+    return dict(forward=sublayer / 3, backward=sublayer * 2 / 3)
+
+
+def behind_decoding(model):
+    """The same of a token that is generated: by the weights that it reads, of the blocks and of the head."""
+    blocks = sum(p.numel() for p in model.transformer.h.parameters())
+    return dict(forward=blocks / (blocks + model.lm_head.weight.numel()) / (2 * model.config.n_layer))
+
+
+def observe_step(model, step, behind):
     """
-    The Messages of one step(), which trains the model.
+    The Messages of one step() of the model. behind: the share of its compute that hidden ones overlap with.
 
     Compiled code runs eagerly in here, since neither instrument sees into a graph. That the two instruments
     agree is asserted.
     """
-    with torch.compiler.set_stance('force_eager'), count_all_reduces() as own, Collectives(model) as seen:
+    seen = Collectives(model, behind)
+    with torch.compiler.set_stance('force_eager'), count_all_reduces() as own, seen:
         step()
     kinds = [message.kind for message in seen.messages]
     met, counted = (kinds.count('forward'), kinds.count('backward')), (own.forward, own.backward)
@@ -286,9 +316,7 @@ def design_messages(config, ddp_size, vocab_size=VOCAB_SIZE):
         mine = GPT(dense.config, TPGroup(R, rank=0))
     sizes = {name: p.numel() for name, p in mine.named_parameters()
              if dense.get_parameter(name).requires_grad}
-    sublayer = 1 / (2 * config.n_layer * loader.micro_steps)  # its share of a step's compute
-    behind = dict(forward=sublayer / 3, backward=sublayer * 2 / 3)
-    messages = []
+    behind, messages = behind_sublayer(config.n_layer, loader.micro_steps), []
     if R > 1:
         head = [Message('head', size) for size in (4 * N, 8 * N, wide * N * C)]
         micro = [Message(way, size * N * wide // 4, behind[way] if kind == 'hidden' else 0.0)
@@ -353,6 +381,57 @@ def predicted_seconds(config, cluster, across=True, vocab_size=VOCAB_SIZE):
         for _, block_types in stages(keys)], keys)
 
 
+def foresee_text(config, cluster, args, vocab_size=VOCAB_SIZE):
+    """
+    (compute, messages) of a text's first token, and of one in its middle, as predict() takes them.
+
+    config: a namespace of its keys; args: prompt, new and batch.
+    """
+    R, wide = config.tp_size, 4 if config.dtype == 'float32' else 2  # bytes of the compute dtype
+    with FakeTensorMode():
+        dense = GPT(gpt_config(vars(config), vocab_size))
+        stream = [found for found in observe_all_reduces(dense) if found[0] == 'forward']
+        mine = GPT(dense.config, TPGroup(R, rank=0) if R > 1 else None)
+    head, n_layer = mine.lm_head.weight.numel(), config.n_layer
+    blocks = sum(p.numel() for p in mine.transformer.h.parameters())
+    width = config.n_embd // R * n_layer  # of all layers' keys
+    texts, middle = args.batch, args.prompt + args.new // 2
+
+    def seconds(tokens, context):
+        """Of a pass over so many tokens of each text, which attend to so many on average."""
+        flops = 2 * texts * (tokens * blocks + head) + 4 * texts * tokens * context * width
+        read = wide * (blocks + head + 2 * texts * context * width)
+        return max(flops / (cluster.gpu_tflops * 1e12), read / (cluster.memory_gbs * 1e9))
+
+    def messages(tokens, behind):
+        return [Message('forward', size * wide // 4 * texts * tokens, behind if kind == 'hidden' else 0.0)
+                for _, kind, size in stream]
+
+    return ((seconds(args.prompt, args.prompt / 2), messages(args.prompt, 1 / (2 * n_layer))),
+            (seconds(1, middle), messages(1, behind_decoding(mine)['forward'])))
+
+
+def print_text(configs, control, cluster, args):
+    """Print what generating text would take inside a node and between nodes."""
+    rows = [(config, *foresee_text(config, cluster, args)) for config in configs]
+    rows.sort(key=lambda row: -len(row[2][1]))
+    n = control.tp_size
+    alone = foresee_text(control, cluster, args)[1]
+    for where, alpha, gbit in (('inside a node', cluster.alpha_us, cluster.node_gbit),
+                               ('between nodes', cluster.alpha_between_us, cluster.gbit)):
+        link = Link(alpha * 1e-6, ring(n, 0.0, gbit * 1e9 / 8).beta)
+        print(f'\n{n} GPUs {where}, {link}; speed-up over TP blocks alone')
+        print(f'{"config":28} {"all-reduces":>11} {"hidden":>6} {"first token":>12} {"compute":>10} '
+              f'{"a token":>10} {"tokens/s":>9} {"speed-up":>9}')
+        for config, first, token in rows:
+            took = predict(*token, dict(tp=link))
+            hidden = sum(message.behind > 0 for message in token[1])
+            print(f'{config.wandb_run_name:28} {len(token[1]):11} {hidden:6} '
+                  f'{predict(*first, dict(tp=link)) * 1e3:9.2f} ms {token[0] * 1e6:7.0f} us '
+                  f'{took * 1e6:7.0f} us {args.batch / took:9,.0f} '
+                  f'{predict(*alone, dict(tp=link)) / took:9.3f}')
+
+
 def print_layout(rows, control, cluster, across):
     """rows: (config, compute, messages) of each config; control: that of TP blocks alone."""
     where = f'tensor-parallel groups {"across" if across else "inside"} the nodes'
@@ -370,10 +449,9 @@ def print_layout(rows, control, cluster, across):
               f'{slowest / seconds:9.3f}')
 
 
-
 def main(argv):
-    paths, cluster, flags = parse_args(argv)
-    paths = [path for path in paths if load([path, *flags]).tp_size > 1]  # dense has a row of its own
+    args, cluster, flags = parse_args(argv)
+    paths = [path for path in args.configs if load([path, *flags]).tp_size > 1]  # dense has a row of its own
     if not paths:
         fail('tp_size is 1 in every config, it must be above 1 in one')
     alone = [paths[0], *flags, '--block_types=tp']
@@ -384,6 +462,11 @@ def main(argv):
             config.refuse(f'tp_size is {config.tp_size}, but {first.tp_size} in {paths[0]}; they must agree')
     with first.refusing():
         cluster = Cluster(**cluster)
+        if args.decode:
+            print(f'predicted: {args.batch} x {args.new} tokens after {args.prompt}, {first.dtype}, tp_size '
+                  f'{first.tp_size}; GPUs read {cluster.memory_gbs:g} GB/s and reach {cluster.gpu_tflops:g} '
+                  'TFLOP/s in a prompt')
+            return print_text(configs, load(alone), cluster, args)
         rows = [(config, *foresee(config, cluster)) for config in configs[:-1]]
     rows.sort(key=lambda row: -by_kind(row[2])['forward'][0])
     control = next(row for row in rows if not differences(vars(row[0]), vars(load(alone))))

@@ -11,15 +11,24 @@ from configurator import communications, fail
 from speed import costmodel
 from speed.candidates import Candidate, print_results, result, take_turns
 from training.distributed import World, connect, find_world
+from variants import Flight
 
 
-def keep_slowest(candidates, world):
+def keep_slowest(candidates, world, name='seconds'):
     """Replace the seconds of every step by those of the slowest process. Collective."""
-    seconds = torch.tensor([candidate.seconds for candidate in candidates], dtype=torch.float64,
+    seconds = torch.tensor([getattr(candidate, name) for candidate in candidates], dtype=torch.float64,
                            device=world.device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     for candidate, row in zip(candidates, seconds.tolist()):
-        candidate.seconds = row
+        setattr(candidate, name, row)
+
+
+class WaitingCandidate(Candidate):
+    """A candidate whose hidden all-reduces are waited for at once."""
+
+    def step(self):
+        with Flight.waited_for():
+            super().step()
 
 
 def measure_links(world, args):
@@ -46,11 +55,17 @@ def lone_world(world):
     return World(0, 1, [[0]], world.device, tp=world.tp and world.tp._replace(group=groups[world.process]))
 
 
+def hides(config):
+    """Whether some of its all-reduces are on their way while a sublayer computes, unless it is compiled."""
+    return bool({'ladder', 'dtp'} & set(config.block_types))
+
+
 def sharded_result(networked, alone, control, links, given):
     """result() and the time in collectives, what was all-reduced, and what the cost model predicts."""
     config, row = networked.config, result(networked, control)
     compute = statistics.median(alone.seconds)
-    messages = costmodel.observe_step(networked.net.raw_model, networked.step)
+    messages = costmodel.observe_step(networked.net.raw_model, networked.step,
+                                     costmodel.behind_sublayer(config.n_layer))
     return dict(
         row, communications=communications(config.block_types, config.tp_size),
         all_reduces=costmodel.by_kind(messages), compute_seconds=compute,
@@ -94,7 +109,10 @@ def bench_sharded(configs, args):
     lone, pairs = lone_world(world), []
     for config in configs:
         pairs.append([Candidate(config, where, args.vocab_size) for where in (world, lone)])
-    candidates = [candidate for pair in pairs for candidate in pair]
+        if hides(config) and not config.compile:
+            pairs.append([WaitingCandidate(config, world, args.vocab_size), pairs[-1][1]])
+            pairs[-1][0].name += ', waited for'
+    candidates = list(dict.fromkeys(candidate for pair in pairs for candidate in pair))
     take_turns(candidates, args.rounds)
     keep_slowest(candidates, world)
     results = [sharded_result(*pair, pairs[0][0], links, given) for pair in pairs]

@@ -115,7 +115,7 @@ def check_config(config, world, dropout, expected):
     config.dtype = 'float32' if config.bias else 'bfloat16'
     micro_batches = batches(0, world, config.gradient_accumulation_steps)
     seen = by_kind(observe_step(
-        net.raw_model, lambda: train_step(net, micro_batches, 1e-3, config, world)))
+        net.raw_model, lambda: train_step(net, micro_batches, 1e-3, config, world), {}))
     design = by_kind(design_messages(config, world.ddp_size, V))
     design['average'][0] = seen['average'][0]  # DDP's buckets
     assert seen == design, f'{what}, {config.dtype}: {seen}, not {design}'

@@ -80,6 +80,26 @@ def test_a_simulated_bench_measures_the_dense_control_first(tmp_path):
     assert all(row['tokens_per_sec'] == pytest.approx(16 / row['step_seconds']) for row in rows)
 
 
+def test_a_decoding_bench_is_consistent(tmp_path):
+    text = ['--decode', '--prompt=6', '--new=4', '--batch=3', f'--json={tmp_path}/report']
+    given = ['config/rivals/train_gpt2_ladder.py', *TINY, *text]
+    bench.main([*given, '--textbook'])
+    dense, ladder = json.loads((tmp_path / 'report').read_text())
+    assert (dense['all_reduces'], ladder['all_reduces'], ladder['bytes']) == (0, 23, 23 * 3 * 16 * 4)
+    assert dense['ratio'] == 1 and ladder['over_low'] <= ladder['over_recomputing'] <= ladder['over_high']
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    run(*torchrun, 'bench.py', '--shard', *given)
+    rows = json.loads((tmp_path / 'report').read_text())
+    assert [(row['name'], row['all_reduces'], row['hidden']) for row in rows] == [
+        ('gpt2-24comm-cpu', 24, 0), ('gpt2-ladder-cpu', 23, 22), ('gpt2-ladder-cpu, waited for', 23, 0)]
+    for row in rows:
+        assert row['tokens_per_sec'] == pytest.approx(3 / row['token_seconds'])
+        assert row['bytes'] == row['all_reduces'] * 3 * 16 * 4
+        assert row['collectives_share'] == pytest.approx(1 - row['compute_seconds'] / row['token_seconds'])
+    hidden, waited_for = rows[1]['predicted_seconds'], rows[2]['predicted_seconds']
+    assert rows[1]['compute_seconds'] == rows[2]['compute_seconds'] < hidden < waited_for
+
+
 def test_what_a_step_keeps_grows_by_the_same_with_every_window(tmp_path):
     """bench.py infers three windows from one and two; here they are run as well."""
     path = 'config/train_gpt2_8comm.py'
@@ -122,7 +142,9 @@ def test_rows_are_named_after_the_blocks_that_flags_give_them_and_measured_once(
     (['--shard', '--tp_size=1'], 1, '--shard needs more processes'),
     (['--shard', '--textbook'], 1, '--textbook'),
     (['--shard', '--kept'], 1, '--kept'),
-    (['--input', '--kept'], 1, 'choose one'),
+    (['--input', '--kept'], 1, 'choose one'), (['--decode', '--kept'], 1, 'choose one'),
+    (['--decode', '--new=1'], 1, '--new is 1, it must be at least 2'),
+    (['--decode'], 2, '--decode takes tp_size processes with --shard'),
     (['--shard', 'config/train_gpt2.py'], 2, 'tp_size is 1, but 2'),
     ([], 2, 'add --shard'),
     (['--shard', '--gbit=-1'], 1, '--gbit is -1, it must be above 0'),

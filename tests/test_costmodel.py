@@ -4,6 +4,8 @@ The cost model: its arithmetic by hand, its fit, and the all-reduces that it exp
     python -m pytest tests/test_costmodel.py
 """
 
+from types import SimpleNamespace
+
 import pytest
 
 from configurator import load
@@ -69,6 +71,24 @@ def test_predicted_seconds_by_hand():
     assert seconds == pytest.approx(dense + everyone.seconds(8), rel=1e-9)
 
 
+def test_a_predicted_text_by_hand():
+    keys = vars(load(['config/train_gpt2_12comm.py', 'config/cpu.py', '--n_layer=3', '--block_types=ladder',
+                      '--dtype=bfloat16']))
+    cluster, text = Cluster(gbit=8, gpu_tflops=1, memory_gbs=100), SimpleNamespace(batch=2, prompt=10, new=4)
+    C, V = 64, 512
+    first, token = costmodel.foresee_text(SimpleNamespace(**keys), cluster, text, vocab_size=V)
+    blocks, head = 3 * (12 * C * C // 2 + 2 * C), V * C  # of one of two ranks
+    assert token[0] == pytest.approx(2 * (blocks + head + 2 * 2 * 12 * 3 * C // 2) / 100e9)
+    assert first[0] == pytest.approx((4 * (10 * blocks + head) + 8 * 10 * 5 * 3 * C // 2) / 1e12)
+    behind = blocks / (blocks + head) / 6
+    assert sorted(token[1]) == [Message('forward', 2 * 2 * C, 0.0)] + [
+        Message('forward', 2 * 2 * C, pytest.approx(behind))] * 4
+    assert sorted(first[1]) == [Message('forward', 10 * 2 * 2 * C, 0.0)] + [
+        Message('forward', 10 * 2 * 2 * C, pytest.approx(1 / 6))] * 4
+    took = costmodel.predict(*token, dict(tp=Link(1.0, 1e9)))
+    assert took == pytest.approx(token[0] * (1 - 4 * behind) + 5 * (1 + 256e-9))
+
+
 def test_groups_inside_a_node_leave_its_network_to_the_average():
     links = Cluster(gbit=8, latency_us=100, nodes=2, gpus=8).links(tp_size=4, across=False)
     assert links['tp'] == pytest.approx((6 * 5e-6, 450e9 * 4 / 6))
@@ -104,6 +124,7 @@ def test_a_tp_size_that_fits_no_node_is_refused():
 @pytest.mark.parametrize('flags, words', [
     (['config/train_gpt2_2comm.py'], '--gbit'),
     (['config/train_gpt2_2comm.py', '--gbit=fast'], 'fast'),
+    (['config/train_gpt2_2comm.py', '--gbit=1', '--decode', '--batch=0'], '--batch is 0'),
     (['config/train_gpt2.py', '--gbit=1'], 'tp_size is 1 in every config'),
     (['config/train_gpt2_2comm.py', '--gbit=1', '--gpus=14'], '480 windows'),
     (['--gbit=1', 'config/train_gpt2_2comm.py', '--nodse=2'], 'nodse'),

@@ -20,7 +20,7 @@ def tokens():
 
 
 @pytest.mark.parametrize('tp_size', [1, 2, 4])
-@pytest.mark.parametrize('case', PLAIN + ALONE + MIXES + MERGED, ids=named)
+@pytest.mark.parametrize('case', PLAIN + ALONE + MIXES[:6] + MERGED[:3], ids=named)
 def test_cached_steps_have_the_logits_of_the_whole_text(case, tp_size):
     model, idx = build(case[0], tp_size, block_size=T, bias=True, **case[1]).eval(), tokens()
     cache = [KeyValues(T) for _ in case[0]]
