@@ -83,9 +83,7 @@ def figure(rows, title, sheet, size, panels=1, columns=1, seeds=None, **shared):
     for unused in grid.flat[panels:]:
         unused.remove()
     if not sheet.paper:
-        room = min(110, int(13 * size[0]))  # characters
-        lines = textwrap.wrap(title, room) + textwrap.wrap(described(rows, seeds), room)
-        fig.suptitle('\n'.join(lines))
+        fig.suptitle(f'{title}\n' + '\n'.join(textwrap.wrap(described(rows, seeds), 104)))
     return fig, list(grid.flat[:panels])
 
 
@@ -98,8 +96,8 @@ def panels(rows, title, unit, sheet, below='step (updates made)', seeds=None):
         room = sheet.width / columns - 0.3
     else:
         columns = min(4 if len(rows) <= 12 else 5, len(rows))
-        size = max(5, 2.6 * columns), 1.1 + 1.9 * math.ceil(len(rows) / columns)
-        room = 2.4
+        size = max(8, 2.6 * columns), 1.1 + 1.9 * math.ceil(len(rows) / columns)
+        room = size[0] / columns - 0.2
     fig, axes = figure(rows, title, sheet, size, len(rows), columns, seeds, sharex=True, sharey=True)
     for i, (ax, row) in enumerate(zip(axes, rows)):
         name = short_label(row, rows) if sheet.paper else row.label

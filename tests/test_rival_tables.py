@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 import compare
 from analysis import findings, plots, runs
-from analysis.figures import REPORT, Sheet, panels
+from analysis.figures import REPORT, Sheet
+from analysis.training_plots import plot_difference_curves
 from configurator import ROOT
 from written_runs import (
     DENSE,
@@ -242,10 +243,11 @@ def test_two_block_sets_at_one_count_stand_close_to_it(tmp_path):
     assert left <= 3 and right >= 5
 
 
-def test_a_reports_title_fits_a_narrow_figure(tmp_path):
-    write_rivals(tmp_path)
+def test_a_reports_title_fits_a_figure_of_one_panel(tmp_path):
+    write_run(tmp_path, 'dense', DENSE, tp_size=1)
+    write_run(tmp_path, 'spd', shifted(0.02, 0.021, 0.022), SPD)
     with plots.settings(REPORT):
-        fig, _ = panels(found_under(tmp_path).rows[:1], 'Some words of a title ' * 5, 'unit', REPORT)
+        fig = plot_difference_curves(found_under(tmp_path))
         box = fig._suptitle.get_window_extent(FigureCanvasAgg(fig).get_renderer())
     assert 0 < box.x0 and box.x1 < fig.bbox.width
 
