@@ -298,7 +298,7 @@ def plot_pairs(found, sheet=REPORT):
         bar(ax, one.difference, y, marker='D' if one in named else 'o')
     finish_forest(ax, names, [one.first for one in shown], sheet)
     group_heights(ax, [f'{count(one.first)} all-\nreduces' if one.equal else '' for one in shown])
-    note = sheet.note('; diamond: asked for or planned; grey: the margin')
+    note = sheet.note('; diamond: asked for or planned' * bool(named) + '; grey: the margin')
     ax.set_xlabel(sheet.wrap(f'difference ({loss_unit(found.rows)}){note}', 4))
     return fig
 
