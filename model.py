@@ -562,15 +562,10 @@ class GPT(nn.Module):
         start = cache[0].length if cache else 0
         end = start + idx.size(1)
         assert end <= self.config.block_size, f'{end} tokens, block_size is {self.config.block_size}'
-        c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))
-        c = F.dropout(enter_stream(self.config.embed_scale * c, self.tp), self.config.dropout, self.training)
-        stream = Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge, 2 * self.config.n_layer)
+        stream = self.enter(idx, start)
         for i, block in enumerate(self.transformer.h):
             stream = block(stream._replace(cache=cache[i]) if cache else stream)
-        stream = stream.sync()
-        ln_f = self.transformer.ln_f
-        weight, bias = enter_stream(ln_f.weight, self.tp), enter_stream(ln_f.bias, self.tp)
-        x = F.layer_norm(stream.c, ln_f.normalized_shape, weight, bias, ln_f.eps)  # replicated (B, T, C)
+        x = self.leave(stream)
         if cache:
             x = x[:, -1:]
         if targets is None:
@@ -580,6 +575,19 @@ class GPT(nn.Module):
         if self.tp.simulated:
             return None, F.cross_entropy(self.lm_head(x), targets, ignore_index=-1)
         return None, vocab_parallel_cross_entropy(x, self.lm_head.weight, targets, self.tp)
+
+    def enter(self, idx, start=0):
+        """Tokens idx (B, T), the first at position `start` -> the Stream that the first layer reads"""
+        c = self.transformer.wte(idx) + self.transformer.wpe(
+            torch.arange(start, start + idx.size(1), device=idx.device))
+        c = F.dropout(enter_stream(self.config.embed_scale * c, self.tp), self.config.dropout, self.training)
+        return Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge, 2 * self.config.n_layer)
+
+    def leave(self, stream):
+        """The Stream after the last layer -> what the head reads, replicated (B, T, C)"""
+        c, ln_f = stream.sync().c, self.transformer.ln_f
+        weight, bias = enter_stream(ln_f.weight, self.tp), enter_stream(ln_f.bias, self.tp)
+        return F.layer_norm(c, ln_f.normalized_shape, weight, bias, ln_f.eps)
 
     def with_blocks(self, block_types):
         """A GPT of other block types over this one's own parameters."""
