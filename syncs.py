@@ -63,8 +63,9 @@ def load_config(args, flags):
     config = load(flags)
     if config.init_from == 'scratch' or config.resume:
         fail('--init_from must name a trained net: gpt2 ... gpt2-xl, a folder, a checkpoint file')
-    if config.sources['block_types'].startswith('--'):
-        config.refuse('block_types is what is searched for; leave it out')
+    for key in 'block_types', 'block_types_at':
+        if config.sources[key].startswith('--'):
+            config.refuse(f'{key} is what is searched for; leave it out')
     if config.tp_size == 1:
         config.refuse('tp_size is 1, it must be at least 2: one rank syncs nothing')
     if config.merge != 'sum' or config.shard:
