@@ -468,7 +468,8 @@ def main(argv):
                   'TFLOP/s in a prompt')
             return print_text(configs, load(alone), cluster, args)
         rows = [(config, *foresee(config, cluster)) for config in configs[:-1]]
-    rows.sort(key=lambda row: -by_kind(row[2])['forward'][0])
+    rows.sort(key=lambda row: (by_kind(row[2])['forward'][0],
+                               communications(row[0].block_types, row[0].tp_size)), reverse=True)
     control = next(row for row in rows if not differences(vars(row[0]), vars(load(alone))))
     try:
         rows.insert(0, (configs[-1], *foresee(configs[-1], cluster)))
