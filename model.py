@@ -166,8 +166,9 @@ def drifted(x):
 
 
 def few_rows(x):
-    """Whether x is a token of each of a few texts, being sampled."""
-    return not torch.is_grad_enabled() and x.numel() <= 4 * x.size(-1)
+    """Whether x (..., C) is a token of each of a few texts, being sampled."""
+    training = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    return x.numel() <= 4 * x.size(-1) and not training
 
 
 def linear(x, weight, bias=None):
@@ -230,7 +231,7 @@ class RowProduct(NamedTuple):
         """P_r of each local rank: (L, B, T, C)"""
         y, L = self.y, self.proj.tp.local
         if L == 1 and few_rows(y):
-            return linear(y if drifted(y) else y[None], self.proj.weight)
+            return self.dropped(linear(y if drifted(y) else y[None], self.proj.weight))
         if not drifted(y):
             y = y.unflatten(-1, (L, -1)).permute(2, 0, 1, 3)  # (L, B, T, D)
         weight = self.proj.weight.unflatten(-1, (L, -1))  # (C, L, D)

@@ -95,7 +95,7 @@ class GraphWriter(Writer):
     def __init__(self, eager):
         vars(self).update(vars(eager))
         self.name = f'{eager.name}, graph'
-        self.first, self.seconds, self.args = [], [], eager.args
+        self.first, self.seconds = [], []
         self.graph, self.token, cache = torch.cuda.CUDAGraph(), self.text[:, :1].clone(), self.new_cache()
         self.next_token(self.text[:, :self.args.prompt + self.args.new // 2], cache)
 
