@@ -64,7 +64,7 @@ class Writer:
         self.first.append(first - began)
         if self.args.textbook:
             # a token's seconds are all but linear in its window, so four of them have the mean of all
-            windows = [self.text[:, :prompt + new * i // 4] for i in range(4)]
+            windows = [self.text[:, :prompt + new * i // 8] for i in (1, 3, 5, 7)]
             began = self.clock()
             for window in windows:
                 self.next_token(window)
@@ -166,11 +166,9 @@ def with_one_shot(world):
     return world._replace(tp=group), words
 
 
-def text_result(writer, alone, control, links, given):
-    """
-    What was measured of a Writer, as a dict, and what the cost model predicts. alone: the Writer without its
-    network, if it has one.
-    """
+def text_result(pair, control, links, given):
+    """What was measured of a Writer, as a dict, and what the cost model predicts if it has a network."""
+    writer, *alone = pair
     token, (first, first_low, first_high) = statistics.median(writer.seconds), interval(writer.first)
     ratios, first_ratios = (
         interval([mine / its for mine, its in zip(getattr(writer, name), getattr(control, name))])
@@ -189,7 +187,7 @@ def text_result(writer, alone, control, links, given):
             new * whole / (first + (new - 1) * each)
             for whole, first, each in zip(writer.recomputed, writer.first, writer.seconds)])
     if alone:
-        compute = statistics.median(alone.seconds)
+        compute = statistics.median(alone[0].seconds)
         row.update(compute_seconds=compute, collectives_share=1 - compute / token,
                    predicted_seconds=costmodel.predict(compute, messages, links),
                    predicted_on_given_link=given and costmodel.predict(compute, messages, given))
@@ -235,16 +233,15 @@ def bench_decode(configs, args):
         links, given = measure_links(world, args)
         lone = lone_world(world)
         world, sends = with_one_shot(world)
-    writers = []  # (Writer, the same without its network or None)
+    pairs = []  # of a Writer and, if sharded, the same without its network
     for config in configs:
         pair = [Writer(config, place, args) for place in ((world, lone) if args.shard else (world,))]
-        kinds = [lambda writer: writer] + [GraphWriter] * (world.device.type == 'cuda')
-        for kind in kinds:
-            one, *alone = map(kind, pair)
-            writers.append((one, *alone))
-            if args.shard and kind is kinds[0] and hides(config):
-                writers.append((WaitingWriter(one), *alone))
-    timed = list(dict.fromkeys(writer for pair in writers for writer in pair))
+        pairs.append(pair)
+        if args.shard and hides(config):
+            pairs.append([WaitingWriter(pair[0]), pair[1]])
+        if world.device.type == 'cuda':
+            pairs.append([GraphWriter(writer) for writer in pair])
+    timed = list(dict.fromkeys(writer for pair in pairs for writer in pair))
     take_turns(timed, WARMUP)
     for writer in timed:
         writer.first, writer.seconds, writer.recomputed = [], [], []
@@ -252,7 +249,7 @@ def bench_decode(configs, args):
     if args.shard:
         keep_slowest(timed, world, 'seconds')
         keep_slowest(timed, world, 'first')
-    rows = [text_result(one, *(alone or [None]), writers[0][0], links, given) for one, *alone in writers]
+    rows = [text_result(pair, pairs[0][0], links, given) for pair in pairs]
     if world.rank0:
         print(f'{world.processes} x {world.device_name}, {config.dtype}, {config.n_layer} layers of '
               f'{config.n_embd}, tp_size {config.tp_size}, torch {torch.__version__}, '

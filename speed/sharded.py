@@ -65,7 +65,7 @@ def sharded_result(networked, alone, control, links, given):
     config, row = networked.config, result(networked, control)
     compute = statistics.median(alone.seconds)
     messages = costmodel.observe_step(networked.net.raw_model, networked.step,
-                                     costmodel.behind_sublayer(config.n_layer))
+                                     {} if config.compile else costmodel.behind_sublayer(config.n_layer))
     return dict(
         row, communications=communications(config.block_types, config.tp_size),
         all_reduces=costmodel.by_kind(messages), compute_seconds=compute,
