@@ -71,7 +71,10 @@ def find_device(name):
     if name == 'cuda':
         name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)  # NCCL's
+        return device
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f'--device is {name}, which this machine or this torch does not have; try --device=cpu')
 

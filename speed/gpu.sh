@@ -35,6 +35,7 @@ measure() {
 "$python" data/pystdlib/prepare.py
 measure 124M --textbook
 measure 124M-tp4 --tp_size=4
+measure 124M-decode --decode --textbook
 measure 124M-48 config/train_gpt2_12comm.py --batch_size=48
 measure 350M config/train_350M.py config/train_350M_24comm.py config/train_350M_2comm.py
 measure 774M config/train_774M.py config/train_774M_36comm.py config/train_774M_2comm.py
