@@ -55,6 +55,7 @@ NOT_NEGATIVE = (lambda value: value >= 0, 'at least 0')
 POSITIVE = (lambda value: value > 0, 'above 0')
 FRACTION = (lambda value: 0 <= value < 1, 'at least 0 and below 1')
 SHARE = (lambda value: 0 < value <= 1, 'above 0 and at most 1')
+WEIGHT = (lambda value: 0 <= value <= 1, 'from 0 to 1')
 LIMITS = dict(  # of values; GPTConfig checks the model's other keys
     eval_interval=AT_LEAST_1, eval_tokens=AT_LEAST_1, eval_train_tokens=NOT_NEGATIVE,
     log_interval=AT_LEAST_1, checkpoint_interval=AT_LEAST_1, keep_checkpoints=NOT_NEGATIVE, seed=SEED,
@@ -63,6 +64,7 @@ LIMITS = dict(  # of values; GPTConfig checks the model's other keys
     beta1=FRACTION, beta2=FRACTION,
     grad_clip=NOT_NEGATIVE, warmup_iters=NOT_NEGATIVE, lr_decay_iters=NOT_NEGATIVE, min_lr=NOT_NEGATIVE,
     embed_scale=POSITIVE, perturb=NOT_NEGATIVE, dtp_delay=NOT_NEGATIVE, caat_share=SHARE,
+    distill_temperature=POSITIVE, distill_weight=WEIGHT,
 )
 # (n_layer, n_head, n_embd, block_size) of the sizes that a run may be named after
 SIZES = {'124M': (12, 12, 768, 1024), '350M': (24, 16, 1024, 1024), '774M': (36, 20, 1280, 1024)}
@@ -238,6 +240,8 @@ def check(key, value, source, keys):
     kind = keys[key][1]
     if key == 'block_types' and isinstance(value, str):
         return value  # a pattern, which resolve() repeats once n_layer is known
+    if key == 'train_layers' and type(value) is int:
+        value = [value]
     if isinstance(value, tuple):
         value = list(value)
     if type(value).__module__ == 'numpy' and hasattr(value, 'item'):
@@ -536,6 +540,14 @@ def resolve(config):
         config.min_lr = float(f'{config.learning_rate / 10:.12g}')  # 6e-4 / 10 is not 6e-5 in floats
     if config.decay_lr and config.min_lr > config.learning_rate:
         config.refuse(f'min_lr is {config.min_lr}, above learning_rate, {config.learning_rate}')
+    if config.train_layers is not None:
+        layers = range(config.n_layer)
+        if not config.train_layers or not all(type(i) is int and i in layers for i in config.train_layers):
+            config.refuse(f'train_layers is {config.train_layers}, it must have numbers from 0 to '
+                          f'{layers[-1]}, by n_layer')
+        config.train_layers = sorted(set(config.train_layers))
+    if config.distill and config.init_from == 'scratch':
+        config.refuse('distill is True, which needs a teacher: init_from is scratch, it must name weights')
     if config.plan and not Path(config.plan).is_file():
         config.refuse(f'plan is {config.plan}, which is not a file')
 

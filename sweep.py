@@ -6,10 +6,10 @@ Train several runs, one after another or a few at a time, always with the dense 
     python sweep.py --max_iters=20000 --seed=1,2,3 --dry_run --gpus=8 --gpu=H100          # what it would take
 
 Every --key=value goes on to train.py. Values separated by commas make a grid, each with each value of the
-other keys (block_types and block_types_at contain commas, so they take one value). The dense control has one
-rank, so --tp_size, --block_types and --merge do not apply to it: it is trained once for each combination of
-the other keys. A run's folder is named after the run and the keys that have several values, or another value
-than a run there that has the name; --out keeps sweeps apart:
+other keys (block_types, block_types_at and train_layers contain commas, so they take one value). The dense
+control has one rank, so --tp_size, --block_types and --merge do not apply to it: it is trained once for each
+combination of the other keys. A run's folder is named after the run and the keys that have several values, or
+another value than a run there that has the name; --out keeps sweeps apart:
 
     out/gpt2-124M-12comm-seed2-tp4
 
@@ -121,7 +121,7 @@ def parse_grid(flags):
             fail(f'{flag}: the sweep starts and resumes its runs; it takes trained weights, as in gpt2')
         if key in grid:
             fail(f'{flag}: {key} is given twice; a list is --{key}={",".join(grid[key])},{text}')
-        grid[key] = [text] if key in BLOCKS else text.split(',')
+        grid[key] = [text] if key in BLOCKS | {'train_layers'} else text.split(',')
     if '1' in grid.get('tp_size', []):
         fail('--tp_size has 1, which is the dense control; leave it out, the control is always trained')
     return {key: grid[key] for key in sorted(grid, key=lambda key: (key != 'seed', key == 'tp_size', key))}

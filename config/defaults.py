@@ -46,6 +46,12 @@ caat_share: float = 0.5  # of the channels, those that a sync of caat blocks sum
 embed_scale: float = 1.0  # times the embeddings, where the residual stream starts
 perturb: float = 0.0  # relative size of a random change of the initial weights, for the noise floor
 
+# repair of a net that init_from names
+distill: bool = False  # train on that net's logits, as it is dense; train_loss is then this loss
+distill_temperature: float = 1.0  # divides the logits of both nets
+distill_weight: float = 1.0  # of the loss against its logits; the text's cross-entropy has the rest
+train_layers: list | None = None  # the layers to train, counted from 0, as in 3,4; None: everything
+
 # optimizer
 learning_rate: float = 6e-4  # the highest, after warmup
 max_iters: int = 600_000  # updates to make

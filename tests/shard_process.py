@@ -3,9 +3,9 @@ Sharded processes, started by test_shard.py: what they compute must be what simu
 
     python tests/shard_process.py PROCESSES TP_SIZE
 
-Every config of the experiment is checked at full depth, and one whose blocks leave a parameter unused. Every
-other config has biases; those that have them in groups of two have none in groups of four. The processes are
-forked: torch takes longer to load than to check a config.
+Every config of the experiment is checked at full depth, one whose blocks leave a parameter unused, and one
+that a dense net teaches. Every other config has biases; those that have them in groups of two have none in
+groups of four. The processes are forked: torch takes longer to load than to check a config.
 """
 
 import os
@@ -25,6 +25,7 @@ from model import GPT, Block, join_shards  # noqa: E402
 from speed.costmodel import by_kind, design_messages, observe_step  # noqa: E402
 from train import Network, observe_all_reduces, train_step  # noqa: E402
 from training.checkpoint import dense_state, load_dense_state  # noqa: E402
+from training.distill import find_teacher  # noqa: E402
 from training.distributed import World, connect, find_world  # noqa: E402
 from variants import gpt_config  # noqa: E402
 
@@ -48,7 +49,11 @@ def build(config, world, dtype):
         for p in dense.parameters():
             p.add_(0.1 * torch.randn_like(p))
     observe_all_reduces(dense)  # freezes what no block uses
-    net = Network((dense.shard(world.tp) if world.tp else dense).to(dtype), config)
+    others = {name: 1.5 * p for name, p in dense.state_dict().items()}
+    teacher = find_teacher(config, dense.config, others, world)
+    if teacher:
+        teacher.model.to(dtype)
+    net = Network((dense.shard(world.tp) if world.tp else dense).to(dtype), config, teacher)
     net.wrap(B, config, world, print)
     return net
 
@@ -116,6 +121,8 @@ def check_config(config, world, dropout, expected):
     micro_batches = batches(0, world, config.gradient_accumulation_steps)
     seen = by_kind(observe_step(
         net.raw_model, lambda: train_step(net, micro_batches, 1e-3, config, world), {}))
+    if config.distill:
+        return  # the head's messages are not those of the design
     design = by_kind(design_messages(config, world.ddp_size, V))
     design['average'][0] = seen['average'][0]  # DDP's buckets
     assert seen == design, f'{what}, {config.dtype}: {seen}, not {design}'
@@ -150,6 +157,9 @@ def load_configs(tp_size):
     for i, flags in enumerate([[str(ROOT / path)] for path in RUNS] + [unused]):
         bias = (i + tp_size // 2) % 2 == 0
         configs.append(load([str(ROOT / 'config/cpu.py'), *flags, *shape, f'--bias={bias}']))
+    taught = ['--n_layer=3', '--block_types=tp,spd,parallel', '--distill_weight=0.8']
+    configs.append(load([str(ROOT / 'config/cpu.py'), *taught, '--distill_temperature=2', *shape]))
+    configs[-1].distill = True  # by weights that no file holds
     return configs
 
 

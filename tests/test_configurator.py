@@ -158,6 +158,11 @@ def test_defaults_are_the_recipe():
     (['--beta2=1'], ['beta2', '1', 'below 1']),
     (['--learning_rate=-1e-3'], ['learning_rate', '-0.001', 'above 0']),
     (['--learning_rate=1e999'], ['learning_rate', 'inf']),
+    (['--distill=True'], ['distill', 'a teacher', 'scratch', 'name weights']),
+    (['--distill_weight=1.1'], ['distill_weight', '1.1', 'from 0 to 1']),
+    (['--train_layers=3,12'], ['train_layers', '[3, 12]', '0 to 11']),
+    (['--train_layers=()'], ['train_layers', '[]', '0 to 11']),
+    (['--train_layers=first'], ['train_layers', "'first'", 'a list']),
     (['--grad_clip=1e999'], ['grad_clip', 'inf']),
     (['--seed=99999999999999999999999'], ['seed', '99999999999999999999999']),
     (['--min_lr=0.1'], ['min_lr', '0.1', 'learning_rate', '0.0006', 'config/defaults.py']),
@@ -303,7 +308,7 @@ def test_runs_share_a_recipe_whatever_blocks_ranks_and_micro_batches_they_have()
     for flags in ['--block_types=spd', '--tp_size=4', '--seed=2', '--merge=mean', '--compile=False'], [
             '--batch_size=8', '--gradient_accumulation_steps=60']:
         assert recipe(vars(load(flags))) == base
-    for flag in '--batch_size=8', '--max_iters=20000', '--n_embd=384':
+    for flag in '--batch_size=8', '--max_iters=20000', '--n_embd=384', '--train_layers=3':
         assert recipe(vars(load([flag]))) != base
 
 

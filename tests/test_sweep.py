@@ -53,6 +53,7 @@ def test_command_lines(tmp_path):
     run.config.init_from = 'gpt2'  # from a file, which a flag would overrule
     assert not any('--init_from' in word for word in sweep.command(run, False, sweep.Share([], [])))
     assert '--init_from=resume' in sweep.command(run, True, sweep.Share([], []))
+    assert [run.config.train_layers for run in planned(tmp_path, '--train_layers=3,4')] == [[3, 4]] * 2
 
 
 @pytest.mark.parametrize('jobs, gpus, cores, parts', [

@@ -231,6 +231,9 @@ def fresh_or_resumed(net, resuming, config, corpus, world):
         for field in fields(Progress):
             if not isinstance(getattr(state, field.name), field.type):
                 raise ValueError(f'{field.name} is {getattr(state, field.name)!r:.40}')
+        if net.teacher and saved.get('teacher_sha256') not in (None, net.teacher.sha256):
+            raise ValueError(f'the weights of {config.init_from}, its teacher, have changed since it began; '
+                             'put them back, or go on without them, --distill=False')
         if state.iter > config.max_iters and not config.eval_only:
             raise ValueError(f'max_iters is {config.max_iters}, it is at step {state.iter} already')
         load_dense_state(net, saved)
@@ -280,7 +283,8 @@ class Writer:
         saved.update(
             scaler=self.net.scaler.state_dict(), iter=self.state.iter, progress=asdict(self.state),
             config=vars(self.config), corpus=self.corpus.meta,
-            vocab_size=self.net.raw_model.config.vocab_size)
+            vocab_size=self.net.raw_model.config.vocab_size,
+            teacher_sha256=self.net.teacher and self.net.teacher.sha256)
         self.pending = self.thread.submit(self.write, saved, best)
 
     def write(self, saved, best):

@@ -102,13 +102,13 @@ def counts(observed, config):
     return found | (dict(stages=each) if len(each) > 1 else {})
 
 
-def describe(config, corpus, size, world):
+def describe(config, corpus, size, net, world):
     """run.json from a run's start on: what it is, and what made it."""
     return dict(
         name=config.wandb_run_name, state='running', iter=0, config=vars(config),
         corpus=dict(name=corpus.name, val_sha256=corpus.meta['splits']['val']['sha256'],
                     **{key: corpus.meta[key] for key in ('corpus', 'tokenizer', 'vocab_size')}),
-        **size,
+        **size, teacher_sha256=net.teacher and net.teacher.sha256,
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
         processes=world.processes, device=world.device_name, git_commit=git_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import SHAPE, blocks_after, complete
+from configurator import SHAPE, blocks_after, complete, pattern
 from data.corpus import VOCAB_SIZES, byte_units
 from model import GPT
 from training import checkpoint
@@ -51,15 +51,24 @@ def load(source):
     return read_folder(path) if path.is_dir() else read_file(path)
 
 
-def initial_weights(config, corpus):
+def initial_weights(config, corpus, resuming=False):
     """
-    The dense state_dict that a run's init_from names, wpe cut to its block_size. None: it names scratch.
+    The dense state_dict that a run's init_from names, wpe cut to its block_size. None if it names scratch; of
+    a run that is resumed, unless it trains on with these weights as its teacher.
 
-    Raises ValueError, in one line, if the net has not learned the corpus's tokens.
+    Raises ValueError, in one line, if the net has not learned the corpus's tokens, or cannot teach.
     """
-    if config.init_from == 'scratch':
+    teaches = config.distill and not config.eval_only
+    if config.init_from == 'scratch' or resuming and not teaches:
         return None
+    if resuming and config.init_from not in HUB and not Path(config.init_from).exists():
+        raise ValueError(f'distill is True, but the teacher, {config.init_from}, is gone; put it back, or go '
+                         'on without it, --distill=False')
     found = load(config.init_from)
+    types = found.keys.get('block_types') or ['tp']
+    if teaches and set(types) != {'tp'}:
+        raise ValueError(f'distill is True, but the net of {config.init_from} is not dense: its block_types '
+                         f'is {pattern(types)}, it must be tp')
     if found.meta and any(found.meta.get(key) != corpus.meta.get(key) for key in ('tokenizer', 'chars')):
         raise ValueError(f'dataset is {corpus.name}, whose tokenizer is {corpus.meta["tokenizer"]}; the net '
                          f'of {config.init_from} was trained with {found.meta["tokenizer"]}')
