@@ -355,6 +355,7 @@ def plot(found):
                           linewidth=1, label=kind)
         left.set_xticks(range(len(names)), names, rotation=90, fontsize=5.5)
         left.set_ylabel('nats per token more than dense')
+        left.set_yscale('symlog', linthresh=0.001)
         left.set_title('one sync dropped, 95% intervals over windows')
         for (name, curve), style in zip(found['curves'].items(), ('o-', 's--')):
             right.plot([one['all_reduces'] for one in curve], [one['difference'] for one in curve], style,
@@ -364,7 +365,7 @@ def plot(found):
                        label='random sets' if i == 0 else None)
         right.axhspan(0, found['margin'], color='0.9', zorder=0)
         right.invert_xaxis()
-        right.set_yscale('symlog', linthresh=found['margin'])
+        right.set_yscale('symlog', linthresh=found['margin'] / 10)
         right.set_xlabel('all-reduces, forward')
         right.set_title(f'dropped one after the other, tp_size {found["tp_size"]}')
         for ax in left, right:
