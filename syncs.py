@@ -12,8 +12,10 @@ every set of dropped syncs is a list of block types, and each loss is that of th
 
 The model's last sync stands among the points with difference 0: dropped, it moves to the model's end, so it
 is never saved and not searched. The best of many sets looks better on the tokens that it was chosen on than
-on others: confirm a line with train.py and more --eval_tokens. --out gets syncs.json, points.csv, frontier.csv, syncs.png, and
-measured.jsonl, from which the same command goes on where it was stopped. Any train.py key may be given.
+on others: confirm a line with train.py and more --eval_tokens.
+
+--out gets syncs.json, points.csv, frontier.csv, syncs.png, and measured.jsonl, from which the same command
+goes on where it was stopped. Any train.py key may be given.
 
 References  Sync-Point Drop (arXiv 2502.20727): attention's syncs of a trained net, by sensitivity
 """
