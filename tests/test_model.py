@@ -105,33 +105,6 @@ def test_a_merge_by_the_mean_equals_the_loop_over_ranks(block_types, tp_size):
     assert_same(model_results(model, *batch()), reference_results(model, *batch()), 1e-9)
 
 
-def hugging_face_results(model, idx, targets):
-    """Results of transformers' own GPT-2 with the model's weights, under the model's names and shapes."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {key: getattr(model.config, key) for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
-    sizes['n_positions'] = model.config.block_size
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    theirs = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, activation_function='gelu'))
-    theirs.to(next(model.parameters()).dtype)
-
-    def transposed(name, p):
-        # their Conv1D keeps (in, out)
-        return p.T if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else p
-
-    theirs.load_state_dict({name: transposed(name, p) for name, p in model.state_dict().items()})
-    logits = theirs(idx).logits
-    found = results(logits, reference_loss(logits, targets), theirs.named_parameters())
-    return {name: transposed(name, t) for name, t in found.items()}
-
-
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-@pytest.mark.parametrize('tp_size', [1, 2, 4])
-def test_all_tp_equals_hugging_face_gpt2(tp_size, dtype, tolerance):
-    model = build(['tp'] * 3, tp_size, dtype, bias=True)
-    assert_same(model_results(model, *batch()), hugging_face_results(model, *batch()), tolerance)
-
-
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('block_type', ['spd', 'parallel'])
 def test_on_one_rank_all_block_types_are_dense_gpt2(block_type, bias):

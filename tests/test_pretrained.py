@@ -22,7 +22,7 @@ from toy_runs import info, metrics, refused, run
 from training import checkpoint, pretrained
 from variants import gpt_config
 
-B, T = 2, 24
+B, T = 2, 11
 FLAGS = [str(ROOT / 'config/cpu.py'), '--block_types=tp,spd', '--tp_size=2', '--batch_size=4',
          '--eval_tokens=600', '--eval_interval=2', '--log_interval=1', '--warmup_iters=1']
 
@@ -46,7 +46,7 @@ def save_gpt2(folder, far=False, **settings):
 def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp('hub')
     return {name: save_gpt2(path / name, **settings) for name, settings in dict(
-        near={}, far=dict(far=True), bytes=dict(vocab_size=257)).items()}
+        near={}, far=dict(far=True, activation_function='gelu'), bytes=dict(vocab_size=257)).items()}
 
 
 def exported(out_dir, to, *flags):
@@ -59,23 +59,27 @@ def exported(out_dir, to, *flags):
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.float64, 1e-10)], ids=str)
 @pytest.mark.parametrize('name', ['near', 'far'])
-@torch.no_grad()
-def test_logits_loss_and_text_are_the_librarys(folders, name, dtype, tolerance):
+def test_logits_loss_gradients_and_text_are_the_librarys(folders, name, dtype, tolerance):
     theirs = GPT2LMHeadModel.from_pretrained(folders[name]).to(dtype).eval()
     idx = torch.randint(50257, (B, T))
-    wanted = theirs(idx).logits
-    wanted_loss = F.cross_entropy(wanted[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
-    assert name == 'near' or -80 < wanted.max() < -20
-    text = theirs.generate(idx[:, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    logits = theirs(idx).logits
+    assert name == 'near' or -80 < logits.max() < -20
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+    loss.backward()
+    text = theirs.generate(idx[:, :5], max_new_tokens=3, do_sample=False, pad_token_id=0)
     for tp_size in 1, 2, 4:
         found = pretrained.load(str(folders[name]))
         model = GPT(gpt_config(found.keys | dict(tp_size=tp_size)))
         model.load_state_dict(found.weights)
         model.to(dtype)
-        torch.testing.assert_close(model(idx)[0], wanted, rtol=0, atol=tolerance)
-        loss = model(idx[:, :-1], idx[:, 1:])[1]
-        torch.testing.assert_close(loss, wanted_loss, rtol=0, atol=tolerance)
-        assert model.generate(idx[:, :5], 6, top_k=1).tolist() == text.tolist()
+        ours = model(idx[:, :-1], idx[:, 1:])[1]
+        ours.backward()
+        wanted = dict(logits=logits, loss=loss) | {
+            key: p.grad.T if key.endswith(pretrained.TRANSPOSED) else p.grad
+            for key, p in theirs.named_parameters()}
+        got = dict(logits=model(idx)[0], loss=ours) | {key: p.grad for key, p in model.named_parameters()}
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+        assert model.generate(idx[:, :5], 3, top_k=1).tolist() == text.tolist()
 
 
 def test_a_run_begins_with_the_weights_and_goes_on_without_them(corpus, folders, tmp_path, capsys):
