@@ -4,8 +4,8 @@ Repair of a net whose syncs were dropped: the dense net of the same weights teac
     python train.py --init_from=FILE --block_types=spd --distill=True --train_layers=3,4
 
 References  Hinton, Vinyals, Dean (arXiv 1503.02531), section 2: the temperature, and its square in the loss
-            Sync-Point Drop (arXiv 2502.20727): distills block by block, each to its own output; here the net's
-            logits teach whatever layers --train_layers names
+            Sync-Point Drop (arXiv 2502.20727): distills block by block, each to its own output; here the
+            net's logits teach whatever layers --train_layers names
 """
 
 import hashlib
