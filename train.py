@@ -223,13 +223,34 @@ def learning_rate(it, config):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
 
 
+class Report:
+    """What a step found, on its way from the device."""
+
+    def __init__(self, found, processes):
+        """found: on the device, (3,): the processes' losses and wishes to stop summed, the gradient's norm"""
+        self.found, self.processes = found.to('cpu', non_blocking=found.is_cuda), processes
+        self.arrived = torch.cuda.Event() if found.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self):
+        """
+        (loss, grad_norm, stopping), the same on all processes: the mean loss of the global batch, its
+        gradient's norm before clipping, whether any process is stopping. Waits for this step, no later one.
+        """
+        if self.arrived:
+            self.arrived.synchronize()
+        loss, stopping, norm = self.found.tolist()
+        # the processes of a tensor-parallel group have the same loss, so the mean is that of the batch
+        return loss / self.processes, norm, stopping > 0
+
+
 def train_step(net, batches, lr, config, world, stopping=False):
     """
-    One update from a list of equal micro-batches (x, y). Collective.
+    One update from a list of equal micro-batches (x, y). Collective. Returns its Report.
 
-    Returns (loss, grad_norm, stopping), the same on all processes: the mean loss of the global batch, its
-    gradient's norm before clipping, and whether any process is stopping. A step whose loss or gradient is not
-    finite updates nothing; one transfer to the host decides all of it.
+    A step whose loss or gradient is not finite updates nothing. The device decides that, and never waits for
+    the host.
     """
     loss = torch.zeros((), device=world.device)
     for i, (x, y) in enumerate(batches, 1):
@@ -244,17 +265,16 @@ def train_step(net, batches, lr, config, world, stopping=False):
     norm = net.raw_model.gradient_norm()
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(net.raw_model.parameters(), config.grad_clip, norm)
-    summed = all_reduce_sum(torch.stack((loss, loss.new_tensor(float(stopping)))), world)
-    loss, stopping, norm = torch.cat((summed, norm.view(1))).tolist()
-    # the processes of a tensor-parallel group have the same loss, so the mean is that of the batch
-    loss, stopping = loss / world.processes, stopping > 0
-    if math.isfinite(loss) and math.isfinite(norm):
-        for group in net.optimizer.param_groups:
-            group['lr'] = lr
-        net.scaler.step(net.optimizer)
+    summed = all_reduce_sum(torch.stack((loss, loss.new_full((), float(stopping)))), world)
+    found = torch.cat((summed, norm.view(1)))  # (3,)
+    for group in net.optimizer.param_groups:
+        group['lr'] = lr
+    # fused AdamW leaves weights, moments and step counts as they are where this is 1
+    net.optimizer.found_inf = 1 - found.isfinite().all().float()
+    net.optimizer.step()
     net.scaler.update()
     net.optimizer.zero_grad(set_to_none=True)
-    return loss, norm, stopping
+    return Report(found, world.processes)
 
 
 @torch.no_grad()
@@ -307,15 +327,35 @@ def seed_dropout(config, step, world):
         torch.manual_seed(int(seeds.generate_state(1)[0]))
 
 
-def warn_nonfinite(bad_steps, loss, norm, lr, state, scaled, config, log):
-    """Warn of a step that updated nothing; end the run after too many in a row."""
-    what = f'step {state.iter}: loss {loss}, grad norm {norm}, lr {lr:.2e}'
-    log.say(f'warning: {what}; this step updated nothing')
-    # float16's loss scale starts too high on purpose, and comes down by such steps
-    if bad_steps == (25 if scaled else 5):
-        log.alert('diverged', what)
-        fail(f'{what}, the {bad_steps}th step in a row without a finite gradient; try a lower '
-             f'--learning_rate or --grad_clip=1.0; the checkpoints in {config.out_dir} are intact')
+class Reports:
+    """The Reports of a run's steps, read a step late: while the device computes the next one."""
+
+    def __init__(self, state, config, log):
+        self.state, self.config, self.log = state, config, log
+        self.unread, self.bad_steps = [], 0  # of the latter, how many in a row
+        self.loss, self.norm, self.stopping = math.nan, math.nan, False
+
+    def read(self, but=0):
+        """Read all but the last ones. Ends the run if too many steps in a row have updated nothing."""
+        while len(self.unread) > but:
+            self.loss, self.norm, stopping = self.unread.pop(0).read()
+            self.stopping |= stopping
+            bad = not (math.isfinite(self.loss) and math.isfinite(self.norm))
+            self.bad_steps = self.bad_steps + 1 if bad else 0
+            self.state.skipped += bad
+            if bad:
+                self.warn(self.state.iter - len(self.unread))
+
+    def warn(self, step):
+        """Warn of a step, counted from 1, that updated nothing; end the run after too many in a row."""
+        config, log, rate = self.config, self.log, learning_rate(step - 1, self.config)
+        what = f'step {step}: loss {self.loss}, grad norm {self.norm}, lr {rate:.2e}'
+        log.say(f'warning: {what}; this step updated nothing')
+        # float16's loss scale starts too high on purpose, and comes down by such steps
+        if self.bad_steps == (25 if config.dtype == 'float16' else 5):
+            log.alert('diverged', what)
+            fail(f'{what}, the {self.bad_steps}th step in a row without a finite gradient; try a lower '
+                 f'--learning_rate or --grad_clip=1.0; the checkpoints in {config.out_dir} are intact')
 
 
 def catch_signals():
@@ -381,8 +421,8 @@ def main(argv):
         with Writer(net, state, info, log, config, corpus, world, saved_step) as writer:
             log.say(*introduction(info), *messages)
             net.wrap(loader.micro_batch, config, world, log.say)
-            stopping, bad_steps, switches = False, 0, dict(stages(vars(config))[1:])
-            while not stopping:
+            switches, reports = dict(stages(vars(config))[1:]), Reports(state, config, log)
+            while not reports.stopping:
                 evaluating = evaluation_is_due(state, config)
                 best = evaluating and log_evaluation(net, state, corpus, log, config, world)
                 if save_is_due(state, evaluating, best, writer.saved_step, config):
@@ -395,17 +435,17 @@ def main(argv):
                 began, lr = time.perf_counter(), learning_rate(state.iter, config)
                 batches = read_batches(loader, state.iter)
                 seed_dropout(config, state.iter, world)
-                loss, norm, stopping = train_step(net, batches, lr, config, world, stopping=bool(signals))
+                reports.unread.append(train_step(net, batches, lr, config, world, stopping=bool(signals)))
                 state.iter += 1
+                logging = state.iter % config.log_interval == 0 or state.iter == config.max_iters
+                pausing = evaluation_is_due(state, config) or save_is_due(state, False, False, None, config)
+                reports.read(but=0 if logging or pausing else 1)
                 log.timed.append(time.perf_counter() - began)
                 state.seconds += log.timed[-1]
-                bad_steps = 0 if math.isfinite(loss) and math.isfinite(norm) else bad_steps + 1
-                state.skipped += bad_steps > 0
-                if state.iter % config.log_interval == 0 or state.iter == config.max_iters:
-                    log.step(state, loss, norm, lr)
-                if bad_steps:
-                    warn_nonfinite(bad_steps, loss, norm, lr, state, net.scaler.is_enabled(), config, log)
-            if stopping:
+                if logging:
+                    log.step(state, reports.loss, reports.norm, lr)
+            reports.read()
+            if reports.stopping:
                 writer.save()
             finished = writer.finish()  # False if stopped before the last evaluation, or not saved
         log.close(0 if finished else RESUMABLE)

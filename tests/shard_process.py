@@ -8,6 +8,7 @@ that a dense net teaches. Every other config has biases; those that have them in
 groups of four. The processes are forked: torch takes longer to load than to check a config.
 """
 
+import math
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (loaded by torch's optimizers, here before the fork)
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+from torch.utils._pytree import tree_map  # noqa: E402
 
 from configurator import COMMUNICATIONS, ROOT, RUNS, load  # noqa: E402
 from model import GPT, Block, join_shards  # noqa: E402
@@ -80,7 +82,7 @@ def gradients(net, config, world):
     net.optimizer.register_step_pre_hook(gather)
     torch.manual_seed(3)  # dropout's masks
     micro_batches = batches(0, world, config.gradient_accumulation_steps)
-    return seen, train_step(net, micro_batches, 1e-3, config, world)[:2]
+    return seen, train_step(net, micro_batches, 1e-3, config, world).read()[:2]
 
 
 def compute(config, world, dropout, micro_batches):
@@ -97,7 +99,7 @@ def compute(config, world, dropout, micro_batches):
     torch.manual_seed(3)
     first['text'] = model.generate(torch.arange(2 * B).view(B, 2), T)  # beyond block_size
     net = build(config, world, torch.float32)
-    steps = [train_step(net, batches(step, world, micro_batches), 1e-3, config, world)[:2]
+    steps = [train_step(net, batches(step, world, micro_batches), 1e-3, config, world).read()[:2]
              for step in range(STEPS)]
     return first, [accumulated, *steps], net
 
@@ -128,6 +130,24 @@ def check_config(config, world, dropout, expected):
     assert seen == design, f'{what}, {config.dtype}: {seen}, not {design}'
 
 
+def check_bad_step(config, world):
+    """If a gradient is not finite on one process, no process updates anything, and the next step is right."""
+    net, other = build(config, world, torch.float32), build(config, world, torch.float32)
+    weight = net.raw_model.transformer.h[1].mlp.c_fc.weight
+    for step in range(3):
+        before, bad = tree_map(torch.clone, [net.raw_model.state_dict(), net.optimizer.state]), step == 1
+        hook = weight.register_hook(lambda grad: grad / 0) if bad and world.process == 1 else None
+        found = train_step(net, batches(step, world, world.ddp_size), 1e-3, config, world).read()
+        assert math.isfinite(found[1]) != bad
+        if bad:
+            torch.testing.assert_close(
+                [net.raw_model.state_dict(), net.optimizer.state], before, rtol=0, atol=0, equal_nan=False)
+            hook and hook.remove()
+        else:
+            mine = batches(step, world, world.ddp_size)
+            assert found == train_step(other, mine, 1e-3, config, world).read()
+
+
 def check_switch(config, world):
     """
     Other blocks during training, and back again, compute to the bit what a checkpoint under these does.
@@ -135,7 +155,8 @@ def check_switch(config, world):
     In the one set of blocks a parameter is unused that the other trains.
     """
     def steps(net, *numbers):
-        return [train_step(net, batches(i, world, world.ddp_size), 1e-3, config, world) for i in numbers]
+        return [train_step(net, batches(i, world, world.ddp_size), 1e-3, config, world).read()
+                for i in numbers]
 
     net, block_types = build(config, world, torch.float32), ['tp', 'one_norm', 'parallel']
     steps(net, 0, 1)
@@ -179,6 +200,7 @@ def check_process(process, tp_size):
     expected = {i: results for part in parts for i, results in part.items()}
     for i, config in enumerate(configs):
         check_config(config, world, dropout, expected[i])
+    check_bad_step(configs[-1], world)
     check_switch(configs[-1], world)
     dist.destroy_process_group()
     world.say('all checks passed')

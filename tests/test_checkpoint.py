@@ -199,7 +199,7 @@ def test_a_checkpoint_with_anything_anywhere_is_refused_or_resumed(finished, res
     except ValueError:
         return
     x, config = torch.zeros(2, 8, dtype=torch.long), load(DROPOUT)
-    assert isinstance(train.train_step(net, [(x, x)], 1e-3, config, ALONE)[0], float)
+    assert isinstance(train.train_step(net, [(x, x)], 1e-3, config, ALONE).read()[0], float)
 
 
 def test_a_resumed_run_has_its_own_weight_decay_and_says_so(finished, resume):

@@ -68,7 +68,7 @@ def test_the_loss_scale_is_resumed_too(tmp_path, monkeypatch):
 
 def test_a_run_goes_on_with_the_same_batches_on_another_number_of_processes(tmp_path, monkeypatch):
     # 12 windows a step: two processes take 6 each, in two micro-batches of 3
-    flags = [*TINY, '--gradient_accumulation_steps=3', '--lr_decay_iters=40']
+    flags = [*TINY, '--gradient_accumulation_steps=3', '--lr_decay_iters=40', '--log_interval=3']
     one, mixed = tmp_path / 'one', tmp_path / 'mixed'
     stop_at(monkeypatch, 6, terminate)
     assert run(mixed, *flags) == 75 and info(mixed)['processes'] == 1

@@ -47,7 +47,7 @@ def test_its_blocks_are_counted_as_they_all_reduce_and_they_train(added):
         count = 3 * configurator.COMMUNICATIONS[name]
         assert (observed.forward, observed.backward) == (count, count)
         net.optimizer.zero_grad()
-        losses = [train_step(net, [(x, y)], 1e-2, config, world)[0] for _ in range(4)]
+        losses = [train_step(net, [(x, y)], 1e-2, config, world).read()[0] for _ in range(4)]
         assert all(map(math.isfinite, losses))
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
         assert load([f'--block_types={name}']).block_types == [name] * 12

@@ -27,6 +27,7 @@ from toy_runs import (
     metrics,
     micro_batches,
     refused,
+    report,
     run,
     stop_at,
     toy,
@@ -90,14 +91,14 @@ def test_a_step_that_is_not_finite_updates_nothing_and_leaves_no_trace(where, va
         forward, net.ddp_model = net.ddp_model, lambda x, y: (None, forward(x, y)[1] * value)
     else:
         hook = net.raw_model.transformer.h[2].mlp.c_fc.weight.register_hook(lambda grad: grad * value)
-    loss, norm, stopping = train.train_step(net, micro_batches(2), 1e-3, config, world)
+    loss, norm, stopping = train.train_step(net, micro_batches(2), 1e-3, config, world).read()
     assert not (math.isfinite(loss) and math.isfinite(norm)) and not stopping
     torch.testing.assert_close(state_of(net), before, rtol=0, atol=0)
     if where == 'loss':
         net.ddp_model = forward
     else:
         hook.remove()
-    results = [train.train_step(one, micro_batches(3), 1e-3, config, world) for one in (net, other)]
+    results = [train.train_step(one, micro_batches(3), 1e-3, config, world).read() for one in (net, other)]
     assert results[0] == results[1] and math.isfinite(results[0][0])
     torch.testing.assert_close(state_of(net), state_of(other), rtol=0, atol=0)
 
@@ -110,7 +111,7 @@ def test_the_norm_is_of_the_gradient_before_clipping():
     norm = torch.cat([grad.flatten() for grad in grads]).norm().item()
     for config.grad_clip in 0.0, norm / 7, norm * 7:
         net, *_ = toy()
-        found = train.train_step(net, batches, 1e-3, config, world)
+        found = train.train_step(net, batches, 1e-3, config, world).read()
         assert found[:2] == pytest.approx((loss.item(), norm), rel=1e-5)
         # a first step's exp_avg is (1 - beta1) times the gradient that AdamW got
         state = net.optimizer.state.values()
@@ -131,22 +132,26 @@ def test_an_update_moves_the_weights_at_the_given_rate(lr):
 
 def test_a_process_that_is_stopping_says_so():
     net, config, world = toy()
-    assert [train.train_step(net, micro_batches(1), 1e-3, config, world, stopping)[2]
+    assert [train.train_step(net, micro_batches(1), 1e-3, config, world, stopping).read()[2]
             for stopping in (False, True)] == [False, True]
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     real = train.train_step
-    monkeypatch.setattr(train, 'train_step', lambda *args, **kw: (math.nan, math.inf, False))
+    monkeypatch.setattr(train, 'train_step', lambda *args, **kw: report(math.nan, math.inf))
     message = refused(tmp_path, *TINY, '--learning_rate=0.5', '--min_lr=0.1')
     assert all(word in message for word in ('step 5', 'nan', 'inf', '4.17e-01', '--learning_rate'))
     assert info(tmp_path)['state'] == 'failed' and checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 0
     assert metrics(tmp_path)[4] == dict(iter=4, train_loss=None, grad_norm=None, lr=0.5 * 4 / 6, skipped=4)
     bad = iter([True, True, True, True, False] * 8)
     monkeypatch.setattr(train, 'train_step', lambda *args, **kw: (
-        (math.nan, 1.0, False) if next(bad) else real(*args, **kw)))
-    assert run(tmp_path, *TINY, '--learning_rate=0.5', '--min_lr=0.1', '--init_from=resume') == 0
+        report(math.nan, 1.0) if next(bad) else real(*args, **kw)))
+    flags = [*TINY, '--learning_rate=0.5', '--min_lr=0.1', '--log_interval=7']
+    assert run(tmp_path, *flags, '--init_from=resume') == 0
     assert metrics(tmp_path)[-2]['skipped'] == 32
+    # read a step late, a bad step is still itself
+    monkeypatch.setattr(train, 'train_step', lambda *args, **kw: report(math.nan, math.inf))
+    assert 'step 5: loss nan' in refused(tmp_path / 'late', *flags)
 
 
 # a block that leaves a parameter unused
@@ -169,7 +174,7 @@ def test_an_unused_parameter_stays_as_it_is_and_counts_for_nothing(gptj):
     used = [p for p in net.raw_model.parameters() if p is not unused]
     norm = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, used)]).norm().item()
     before = unused.detach().clone()
-    assert train.train_step(net, batches, 1e-3, config, world)[1] == pytest.approx(norm, rel=1e-5)
+    assert train.train_step(net, batches, 1e-3, config, world).read()[1] == pytest.approx(norm, rel=1e-5)
     assert torch.equal(unused, before) and unused not in net.optimizer.state
     assert len(net.optimizer.state) == len(used)
 
@@ -199,14 +204,15 @@ def test_data_parallel_training_does_not_wait_for_an_unused_parameter(gptj, grou
     train.observe_all_reduces(net.raw_model)
     net.wrap(3, config, world._replace(ddp_group=group), print)
     for seed in range(3):
-        results = [train.train_step(one, micro_batches(seed), 1e-3, config, world) for one in (net, other)]
+        results = [train.train_step(one, micro_batches(seed), 1e-3, config, world).read()
+                   for one in (net, other)]
         assert results[0] == pytest.approx(results[1], rel=1e-6)
 
 
 def test_a_sharded_process_trains_without_an_unused_parameter(gptj, group):
     dense, config, world = toy(['gptj', 'spd'])
     sharded = train.Network(dense.raw_model.shard(TPGroup(2, rank=0, group=group)), config)
-    loss, norm, _ = train.train_step(sharded, micro_batches(1), 1e-3, config, world)
+    loss, norm, _ = train.train_step(sharded, micro_batches(1), 1e-3, config, world).read()
     assert math.isfinite(loss) and math.isfinite(norm)
     unused = sharded.raw_model.transformer.h[0].ln_2.weight
     assert torch.equal(unused, torch.ones_like(unused)) and unused not in sharded.optimizer.state

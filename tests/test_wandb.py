@@ -5,12 +5,13 @@ What W&B gets, and how training goes on without it.
 """
 
 import json
+import math
 import sys
 import time
 
 import pytest
 
-from toy_runs import TINY, info, metrics, run, start, stop_at, terminate, wandb_records
+from toy_runs import TINY, info, metrics, report, run, start, stop_at, terminate, wandb_records
 from training import checkpoint
 from training.logger import as_charts, from_charts
 
@@ -80,7 +81,7 @@ def test_a_run_has_tags_and_alerts_at_its_end_and_if_it_diverges(tmp_path, monke
     assert tags == ['6 communications', 'parallel', 'spd', 'tp', 'tp_size 2', 'simulated']
     assert [kw['title'] for name, kw in calls if name == 'alert'] == ['gpt2-12comm-cpu finished']
     calls.clear()
-    monkeypatch.setattr('train.train_step', lambda *args, **kw: (float('nan'), float('nan'), False))
+    monkeypatch.setattr('train.train_step', lambda *args, **kw: report(math.nan, math.nan))
     assert 'without a finite gradient' in run(tmp_path / 'b', *TINY, '--wandb_log=True')
     assert [kw['title'] for name, kw in calls if name == 'alert'] == ['gpt2-12comm-cpu diverged']
 
