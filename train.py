@@ -32,7 +32,7 @@ from model import GPT, count_all_reduces
 from training.checkpoint import Writer, fresh_or_resumed
 from training.diagnostics import diagnose
 from training.distill import find_teacher, taught
-from training.distributed import all_reduce_sum, find_world, joined, on_rank0, require_agreement
+from training.distributed import Report, all_reduce_sum, find_world, joined, on_rank0, require_agreement
 from training.logger import Log, counts, describe, introduction
 from training.pretrained import initial_weights
 from training.rundir import claim, git_commit
@@ -221,28 +221,6 @@ def learning_rate(it, config):
         return config.min_lr
     progress = (it - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
-
-
-class Report:
-    """What a step found, on its way from the device."""
-
-    def __init__(self, found, processes):
-        """found: on the device, (3,): the processes' losses and wishes to stop summed, the gradient's norm"""
-        self.found, self.processes = found.to('cpu', non_blocking=found.is_cuda), processes
-        self.arrived = torch.cuda.Event() if found.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
-
-    def read(self):
-        """
-        (loss, grad_norm, stopping), the same on all processes: the mean loss of the global batch, its
-        gradient's norm before clipping, whether any process is stopping. Waits for this step, no later one.
-        """
-        if self.arrived:
-            self.arrived.synchronize()
-        loss, stopping, norm = self.found.tolist()
-        # the processes of a tensor-parallel group have the same loss, so the mean is that of the batch
-        return loss / self.processes, norm, stopping > 0
 
 
 def train_step(net, batches, lr, config, world, stopping=False):

@@ -77,7 +77,7 @@ def test_a_student_comes_closer_to_its_teacher():
     torch.manual_seed(2)
     weights = GPT(net.raw_model.config).state_dict()
     net = Network(net.raw_model, config, find_teacher(config, net.raw_model.config, weights, world))
-    losses = [train_step(net, micro_batches(1), 1e-2, config, world)[0] for _ in range(8)]
+    losses = [train_step(net, micro_batches(1), 1e-2, config, world).read()[0] for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -22,7 +22,7 @@ import train
 from configurator import ROOT, read_defaults
 from model import GPT, GPTConfig
 from training import checkpoint, rundir
-from training.distributed import World
+from training.distributed import Report, World
 
 LAYERS = ['tp', 'spd', 'parallel', 'spd']
 TINY = [str(ROOT / 'config/train_gpt2_12comm.py'), str(ROOT / 'config/cpu.py'),
@@ -174,7 +174,7 @@ def micro_batches(seed, count=2):
 
 def report(loss, norm):
     """What train_step() returns, of a step that found these."""
-    return train.Report(torch.tensor([loss, 0.0, norm]), 1)
+    return Report(torch.tensor([loss, 0.0, norm]), 1)
 
 
 # what W&B kept

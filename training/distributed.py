@@ -300,6 +300,28 @@ def all_reduce_sum(values, world):
     return values
 
 
+class Report:
+    """What a step found, on its way from the device."""
+
+    def __init__(self, found, processes):
+        """found: on the device, (3,): the processes' losses and wishes to stop summed, the gradient's norm"""
+        self.found, self.processes = found.to('cpu', non_blocking=found.is_cuda), processes
+        self.arrived = torch.cuda.Event() if found.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self):
+        """
+        (loss, grad_norm, stopping), the same on all processes: the mean loss of the global batch, its
+        gradient's norm before clipping, whether any process is stopping. Waits for this step, no later one.
+        """
+        if self.arrived:
+            self.arrived.synchronize()
+        loss, stopping, norm = self.found.tolist()
+        # the processes of a tensor-parallel group have the same loss, so the mean is that of the batch
+        return loss / self.processes, norm, stopping > 0
+
+
 def fail_of_memory(config, micro_batch):
     """Exit suggesting a smaller batch_size with the same total batch, two thirds of the memory or less."""
     windows = config.batch_size * config.gradient_accumulation_steps
