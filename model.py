@@ -165,16 +165,14 @@ def drifted(x):
     return x.dim() == 4
 
 
-def few_rows(x):
-    """Whether x (..., C) is a token of each of a few texts, being sampled."""
-    training = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    return x.numel() <= 4 * x.size(-1) and not training
-
-
 def linear(x, weight, bias=None):
-    """F.linear. For few rows on a CPU a product with two halves of the weight: several times as fast."""
+    """
+    F.linear. On a CPU a few tokens, being sampled, take a product with two halves of the weight: it reads the
+    weight twice as fast.
+    """
     out, features = weight.shape
-    if not few_rows(x) or x.device.type != 'cpu' or out % 2:
+    sampling = not torch.is_grad_enabled() and x.numel() <= 4 * features
+    if not sampling or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') or out % 2:
         return F.linear(x, weight, bias)
     columns = x.reshape(-1, features).t().expand(2, -1, -1)  # (2, features, rows)
     y = torch.bmm(weight.view(2, -1, features), columns).flatten(0, 1)  # (out, rows)
@@ -190,7 +188,7 @@ class ColumnParallel(nn.Linear):
 
     def forward(self, u):
         """u replicated (B, T, C) -> parts x (B, T, L*D), ranks side by side; drifted -> (L, B, T, D)"""
-        if not drifted(u) or self.tp.local == 1 and few_rows(u):
+        if not drifted(u):
             return linear(u, self.weight, self.bias).chunk(self.parts, dim=-1)
         out = torch.einsum('lbtc,lfc->lbtf', u, self.by_rank(self.weight))  # (L, B, T, parts*D)
         if self.bias is not None:
@@ -230,8 +228,6 @@ class RowProduct(NamedTuple):
     def per_rank(self):
         """P_r of each local rank: (L, B, T, C)"""
         y, L = self.y, self.proj.tp.local
-        if L == 1 and few_rows(y):
-            return self.dropped(linear(y if drifted(y) else y[None], self.proj.weight))
         if not drifted(y):
             y = y.unflatten(-1, (L, -1)).permute(2, 0, 1, 3)  # (L, B, T, D)
         weight = self.proj.weight.unflatten(-1, (L, -1))  # (C, L, D)
@@ -654,19 +650,10 @@ class GPT(nn.Module):
         """
         idx (B, T) -> (B, T + max_new_tokens), each token sampled given at most block_size before it.
 
-        A list of prompts (T,) gives a list; those of one length are sampled together.
-
         A step computes one token, with the keys and values of those before it. Beyond block_size it computes
         its whole window, where every token has another position than before; so it does for a block that
         does not give s.cache to its attention.
         """
-        if isinstance(idx, list):
-            texts = {}
-            for length in sorted({len(prompt) for prompt in idx}):
-                rows = [i for i, prompt in enumerate(idx) if len(prompt) == length]
-                batch = torch.stack([idx[i] for i in rows])
-                texts.update(zip(rows, self.generate(batch, max_new_tokens, temperature, top_k)))
-            return [texts[i] for i in range(len(idx))]
         training, block_size = self.training, self.config.block_size
         self.eval()
         cache = [KeyValues(min(idx.size(1) + max_new_tokens, block_size)) for _ in self.transformer.h]

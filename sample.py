@@ -115,6 +115,15 @@ def encode(start, tokenizer):
     return torch.tensor(tokenizer.encode(start))
 
 
+def continue_each(model, prompts, *how):
+    """Prompts (T,) -> a list of (T + new,); those of one length are sampled together. how: GPT.generate()'s"""
+    texts = {}
+    for length in sorted({len(prompt) for prompt in prompts}):
+        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        texts.update(zip(rows, model.generate(torch.stack([prompts[i] for i in rows]), *how)))
+    return [texts[i] for i in range(len(prompts))]
+
+
 def main(argv):
     args = parse_args(argv)
     device = find_device(args.device)
@@ -138,7 +147,7 @@ def main(argv):
               file=sys.stderr)
     torch.manual_seed(args.seed)  # every process draws the same, from the same logits
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    for tokens in model.generate(prompts, args.max_new_tokens, args.temperature, args.top_k or None):
+    for tokens in continue_each(model, prompts, args.max_new_tokens, args.temperature, args.top_k or None):
         # the model's vocabulary is rounded up: tokens beyond the tokenizer's have no text
         world.say(tokenizer.decode([token for token in tokens.tolist() if token < meta['vocab_size']]),
                   '---------------')

@@ -9,6 +9,7 @@ import torch
 
 import configurator
 from model import Block, KeyValues
+from sample import continue_each
 from test_rivals import ALONE, MERGED, MIXES, V, build, named
 
 B, T, PROMPT = 3, 9, 4
@@ -58,7 +59,7 @@ def test_a_token_is_computed_alone_until_the_block_is_full(monkeypatch):
 def test_prompts_of_unequal_length_are_continued_as_each_would_be_alone():
     model, idx = build(['parallel', 'spd'], 2, block_size=T), tokens()
     prompts = [idx[0, :5], idx[1, :2], idx[2, :5], idx[0, :7]]
-    together = model.generate(prompts, 4, top_k=1)
+    together = continue_each(model, prompts, 4, 1.0, 1)
     for prompt, text in zip(prompts, together, strict=True):
         assert torch.equal(text, model.generate(prompt[None], 4, top_k=1)[0])
 
