@@ -116,7 +116,7 @@ def encode(start, tokenizer):
 
 
 def continue_each(model, prompts, *how):
-    """Prompts (T,) -> a list of (T + new,); those of one length are sampled together. how: GPT.generate()'s"""
+    """Prompts (T,) -> a list of (T + new,); those of one length go together. how: as for GPT.generate()"""
     texts = {}
     for length in sorted({len(prompt) for prompt in prompts}):
         rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
