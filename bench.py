@@ -5,10 +5,12 @@ How fast a training step is, config by config: as ratios to the dense control, o
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
     torchrun --standalone --nproc_per_node=8 bench.py --shard --tp_size=2
     torchrun --standalone --nproc_per_node=2 bench.py --shard --decode --prompt=1024 --new=128 --batch=1
+    python bench.py --micro_steps=5 --batch_size=48
     python bench.py --input --device=cpu
     python bench.py --kept --device=cpu --batch_size=12 --block_size=1024
 
-A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens per replica. The
+A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens per replica, or
+with --micro_steps=N on N of them, which are read from a file as a run reads them (the recipe's step). The
 configs take turns within each round, so that whatever else the machine does affects all of them.
 Ratios are to the first config if it is a dense control, else to config/train_gpt2.py. With --block_types,
 rows are named after their blocks, and equal ones are measured once.
@@ -59,6 +61,8 @@ def parse_args(argv):
     parser.add_argument('--rounds', type=int, default=25, help='timed steps of each config')
     parser.add_argument('--vocab_size', type=int, default=model_vocab_size(50257),
                         help="of the model; default: GPT-2's")
+    parser.add_argument('--micro_steps', type=int, metavar='N',
+                        help="a run's step: N micro-batches, which are read from a file, and one update")
     parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
     parser.add_argument('--profile', type=Path, metavar='FOLDER', help='write profiles of the steps there')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results there')
@@ -71,6 +75,8 @@ def parse_args(argv):
     args, flags = parser.parse_known_intermixed_args(argv)
     if args.rounds < 6:
         fail(f'--rounds is {args.rounds}, it must be at least 6 for a 95% interval of a median')
+    if args.micro_steps is not None and args.micro_steps < 1:
+        fail(f'--micro_steps is {args.micro_steps}, it must be at least 1')
     if args.gbit is not None and not args.gbit > 0:
         fail(f'--gbit is {args.gbit:g}, it must be above 0')
     if not args.latency_us >= 0:
@@ -116,11 +122,12 @@ class Textbook(Candidate):
         self.model = torch.compile(model) if self.config.compile else model
 
     def step(self):
-        x, y = self.batch
-        with autocast(self.config, self.world):
-            logits, _ = self.model(x)
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        loss.backward()
+        batches = self.batches()
+        for x, y in batches:
+            with autocast(self.config, self.world):
+                logits, _ = self.model(x)
+                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) / len(batches)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -153,15 +160,15 @@ def bench_simulated(configs, args):
     world = find_world(configs[0])
     if world.processes > 1:
         fail(f'{world.processes} processes, of which only one would be measured; add --shard')
-    candidates = [Candidate(config, world, args.vocab_size) for config in configs]
+    candidates = [Candidate(config, world, args.vocab_size, args.micro_steps) for config in configs]
     if args.textbook:
-        candidates.append(Textbook(configs[0], world, args.vocab_size))
+        candidates.append(Textbook(configs[0], world, args.vocab_size, args.micro_steps))
     take_turns(candidates, args.rounds)
     if args.profile:
         for candidate in candidates:
             write_profile(candidate, args.profile)
     results = [result(candidate, candidates[0]) for candidate in candidates]
-    print_results(results, configs[-1], world, 'dense', args.rounds)
+    print_results(results, configs[-1], world, 'dense', args)
     return results
 
 

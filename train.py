@@ -153,7 +153,8 @@ class Network:
             self.model = compiled(self.model, micro_batch, config, world, say)
         self.ddp_model = self.model
         if world.ddp_group is not None:
-            self.ddp_model = DistributedDataParallel(self.model, process_group=world.ddp_group)
+            self.ddp_model = DistributedDataParallel(
+                self.model, process_group=world.ddp_group, gradient_as_bucket_view=True)
 
 
 def autocast(config, world):

@@ -56,7 +56,7 @@ def bench_kept(configs, args):
     """
     world = find_world(configs[0])
     rows = [measure(config, args.vocab_size, world) for config in configs]
-    print(case(configs[-1]))
+    print(case(configs[-1], world.device))
     print(f'{"config":28} {"kept, GiB":>10} {"with state":>11} {"ratio to dense":>15} {"float32 logits":>15}')
     for row in rows:
         row['ratio'] = row['step_gib'] / rows[0]['step_gib']

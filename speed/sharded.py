@@ -108,9 +108,9 @@ def bench_sharded(configs, args):
     links, given = measure_links(world, args)
     lone, pairs = lone_world(world), []
     for config in configs:
-        pairs.append([Candidate(config, where, args.vocab_size) for where in (world, lone)])
+        pairs.append([Candidate(config, where, args.vocab_size, args.micro_steps) for where in (world, lone)])
         if hides(config) and not config.compile:
-            pairs.append([WaitingCandidate(config, world, args.vocab_size), pairs[-1][1]])
+            pairs.append([WaitingCandidate(config, world, args.vocab_size, args.micro_steps), pairs[-1][1]])
             pairs[-1][0].name += ', waited for'
     candidates = list(dict.fromkeys(candidate for pair in pairs for candidate in pair))
     take_turns(candidates, args.rounds)
@@ -118,7 +118,7 @@ def bench_sharded(configs, args):
     results = [sharded_result(*pair, pairs[0][0], links, given) for pair in pairs]
     report = None
     if world.rank0:
-        print_results(results, configs[0], world, 'TP', args.rounds)
+        print_results(results, configs[0], world, 'TP', args)
         print('links:', '; '.join(f'{axis} {link}' for axis, link in links.items()))
         print_predictions(results, args)
         costmodel.print_messages([(row['name'], row['all_reduces']) for row in results])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention import SDPBackend
 
 from configurator import fail
 from model import TPGroup
@@ -25,6 +26,8 @@ PEAK_FLOPS = {
     'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12,
     'RTX 3090': 71e12,
 }
+ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+             SDPBackend.MATH)
 
 
 def peak_flops(device, dtype):
@@ -111,11 +114,23 @@ def find_device(config):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
+        if torch.cuda.get_device_capability(device) >= (9, 0):  # from Hopper on, cuDNN's attention first
+            torch._C._set_sdp_priority_order([int(kernel) for kernel in ATTENTION])
         if config.dtype == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
             config.refuse('dtype is bfloat16, which this GPU does not compute; try --dtype=float16')
     elif device.type == 'cpu':
         keep_freed_memory()
     return device
+
+
+def attention_kernel(config, device):
+    """The kernel that torch chooses for attention in training: cudnn, flash, efficient or math."""
+    if config.dropout:
+        return 'eager'  # its masks are drawn by model.py
+    shape = 1, config.n_head, config.block_size, config.n_embd // config.n_head
+    q = torch.empty(shape, dtype=getattr(torch, config.dtype), device=device, requires_grad=True)
+    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
+    return chosen.name.removesuffix('_ATTENTION').lower()
 
 
 def keep_freed_memory(keep=True):
@@ -182,7 +197,9 @@ def connect(config, world):
     check_interface(backend)
     began = time.monotonic()
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        # NCCL connects at once if it knows the GPU, and not in the first step
+        device = world.device if backend == 'nccl' else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device)
     except (RuntimeError, ValueError) as error:
         address = ' '.join(f'{name}={os.environ[name]}' for name in ('MASTER_ADDR', 'MASTER_PORT'))
         seconds = time.monotonic() - began

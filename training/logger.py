@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import communications, fail, mean_over_steps, read_defaults, stages
-from training.distributed import peak_flops
+from training.distributed import attention_kernel, peak_flops
 from training.rundir import git_commit, read_plan
 
 # of run.json, beside the config: what dashboards filter and plot by
@@ -110,7 +110,8 @@ def describe(config, corpus, size, net, world):
                     **{key: corpus.meta[key] for key in ('corpus', 'tokenizer', 'vocab_size')}),
         **size, teacher_sha256=net.teacher and net.teacher.sha256,
         tokens_per_step=config.batch_size * config.gradient_accumulation_steps * config.block_size,
-        processes=world.processes, device=world.device_name, git_commit=git_commit(),
+        processes=world.processes, device=world.device_name,
+        attention=attention_kernel(config, world.device), git_commit=git_commit(),
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
         plan=config.plan and read_plan(config.plan), argv=sys.argv[1:])
 
@@ -123,7 +124,8 @@ def introduction(info):
             f'{info["parameters"]:,} parameters, {info["communications"]} communications '
             f'({reduced["forward"]} all-reduces forward, {reduced["backward"]} backward)',
             f'{info["corpus"]["corpus"]}, {info["tokens_per_step"]:,} tokens a step',
-            f'{info["processes"]} x {info["device"]}, {versions}, commit {info["git_commit"]}',
+            f'{info["processes"]} x {info["device"]}, {info["attention"]} attention, {versions}, '
+            f'commit {info["git_commit"]}',
             *readable(info['config'])]
 
 
