@@ -17,7 +17,7 @@ size=() largest=(128 96 64 48)
 runs=(--with config/gpu.py --n_embd=192,384,768 --seed="${SEEDS:-1,2,3}" --jobs 4)
 if [ -n "${SMALL:-}" ]; then
     out=${OUT:-out/gpu-small} rounds=6
-    size=(--with config/cpu.py --n_embd=32 --block_size=32 --batch_size=4 --vocab_size=512) largest=(6)
+    size=(--with config/cpu.py --n_embd=32 --batch_size=4 --vocab_size=512) largest=(6)
     runs=(--with config/gpu.py --with config/cpu.py --n_embd=16,32,64 --seed="${SEEDS:-1}" --jobs 2
           --eval_tokens=8192 --eval_train_tokens=8192 --eval_interval=10 --max_iters=20 --warmup_iters=5)
 fi
