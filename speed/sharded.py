@@ -64,8 +64,9 @@ def sharded_result(networked, alone, control, links, given):
     """result() and the time in collectives, what was all-reduced, and what the cost model predicts."""
     config, row = networked.config, result(networked, control)
     compute = statistics.median(alone.seconds)
+    behind = costmodel.behind_sublayer(config.n_layer, networked.windows // config.batch_size)
     messages = costmodel.observe_step(networked.net.raw_model, networked.step,
-                                     {} if config.compile else costmodel.behind_sublayer(config.n_layer))
+                                      {} if config.compile else behind)
     return dict(
         row, communications=communications(config.block_types, config.tp_size),
         all_reduces=costmodel.by_kind(messages), compute_seconds=compute,
