@@ -149,10 +149,10 @@ class ScaleGrad(torch.autograd.Function):
 
 def enter_stream(p, tp):
     """
-    p, a replicated parameter or computed from some, as it is used in c.
+    Use p, a replicated parameter or a function of some, in c.
 
-    Used in c, or after the last sync, its gradient is whole on every process; used after an f_op (LayerNorms,
-    a bias in u), that rank's part. sum_replicated_gradients() sums both, so a whole one is divided by R.
+    In c, or after the last sync, each process has its whole gradient; after an f_op (LayerNorms, a bias in u)
+    a process has its rank's part. sum_replicated_gradients() sums over ranks, so the first is divided by R.
     """
     return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
@@ -167,8 +167,8 @@ def drifted(x):
 
 def linear(x, weight, bias=None):
     """
-    F.linear. On a CPU a few tokens, being sampled, take a product with two halves of the weight: it reads the
-    weight twice as fast.
+    F.linear; for at most 4 tokens without gradients on a CPU, as in sampling, a batched product over two
+    halves of the weight, which reads it about twice as fast (on one core too).
     """
     out, features = weight.shape
     sampling = not torch.is_grad_enabled() and x.numel() <= 4 * features
@@ -260,9 +260,9 @@ class Stream(NamedTuple):
     """
     The residual stream between two sublayers. Rank r reads u_r = c + d_r.
 
-    Between two syncs, one all-reduce forward (in the closing sync) and one backward (in the opening f_op).
-    u = f_op(c) feeds the sublayers; c bypasses f_op as the skip path. P_r is added both to u, which later
-    sublayers read, and to d_sum, which the sync sends.
+    Between two syncs there is one all-reduce forward (in the closing sync) and one backward (in the opening
+    f_op). u = f_op(c) feeds the sublayers; c bypasses f_op as the skip path. P_r is added both to u, which
+    later sublayers read, and to d_sum, which the sync sends.
     """
     c: torch.Tensor  # replicated (B, T, C)
     u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
@@ -270,7 +270,7 @@ class Stream(NamedTuple):
     tp: TPGroup
     merge: str  # how sync() scales what it sums
     left: int  # sublayers still to come
-    due: tuple = ()  # delayed syncs of variants.py; once s.left <= its left, enter(s) does and drops one
+    due: tuple = ()  # delayed syncs of variants.py; arrive() does the first once left is down to its `left`
     carry: Any = None  # whatever a block hands to a later one
     cache: Any = None  # this layer's KeyValues, for its attention; None: every token is in u
 
@@ -278,7 +278,7 @@ class Stream(NamedTuple):
         """n more sublayers have read u: do the delayed syncs now due; the model's last sync does the rest."""
         s = self._replace(left=self.left - n)
         while s.due and 0 < s.left <= s.due[0].left:
-            s = s.due[0].enter(s)
+            s = s.due[0].apply(s)
         return s
 
     def add(self, *products):
@@ -327,7 +327,7 @@ class KeyValues:
         if self.kept is None:
             self.kept = k.new_empty(2, *k.shape[:2], self.capacity, k.size(-1))
         if self.length and k.size(-2) > 1:
-            raise ValueError('s.cache takes one token at a time now; a block gives it to self.attn once')
+            raise ValueError('a block may give s.cache to self.attn only once in its forward')
         end = self.length + k.size(-2)
         self.kept[0, :, :, self.length:end], self.kept[1, :, :, self.length:end] = k, v
         self.length = end
@@ -369,16 +369,21 @@ class CausalSelfAttention(nn.Module):
         if not (self.training and self.dropout > 0):
             return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(-2) == k.size(-2))
         # fused kernels draw masks of their own; these are drawn by head, so that no tp_size changes them
-        batch, heads, T, hd = q.shape
+        T, hd = q.shape[-2:]
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)  # (B or L*B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        return (weights * self.weights_mask(weights).to(v.dtype)) @ v
+
+    def weights_mask(self, weights):
+        """Dropout's factors for the attention weights (B or L*B, heads, T, T), drawn for all H heads."""
+        batch, heads, T, _ = weights.shape
         held = self.n_head // self.tp.size * self.tp.local  # of this process: H if it simulates, else H/R
-        apart = held // heads  # L if its ranks have drifted, and lie in the batch; else 1
-        shape = batch // apart, self.n_head, T, T
-        mask = dropout_mask(shape, self.dropout, q).split(held, dim=1)[self.tp.rank or 0]  # (B, held, T, T)
-        mask = mask.unflatten(1, (apart, heads)).transpose(0, 1).reshape(batch, heads, T, T)
-        return (weights * mask.to(v.dtype)) @ v
+        ranks_in_batch = held // heads  # L if they have drifted, else 1
+        shape = batch // ranks_in_batch, self.n_head, T, T
+        mask = dropout_mask(shape, self.dropout, weights).split(held, dim=1)[self.tp.rank or 0]
+        # drifted: the ranks go from the dimension of the heads to that of the batch
+        return mask.unflatten(1, (ranks_in_batch, heads)).transpose(0, 1).reshape(weights.shape)
 
 
 class MLP(nn.Module):

@@ -54,7 +54,8 @@ class FALBlock(Block, name='fal'):
     """
     PaLM's layer, whose MLP also reads a, what the attention of the first fal layer added. 1 sync point.
 
-    The first fal layer is a TPBlock and keeps a. After FAL (arXiv 2510.14614), as far as the paper tells.
+    The first fal layer is a TPBlock and keeps a, with what was apart before it. After FAL (arXiv 2510.14614),
+    as far as the paper tells.
     """
 
     def forward(self, s):
@@ -151,23 +152,25 @@ class Land(torch.autograd.Function):
 
 
 def new_flight(s, n, block):
-    """A Flight for what a sublayer of the block adds to c n sublayers later; None if sent only then."""
+    """
+    The Flight of a sync that is due n sublayers after this block's. None if it cannot start early: simulated,
+    compiled, due after the last sublayer, or a block of another type may sync before and send it too.
+    """
     types, first = block.config.block_types, 2 * block.config.n_layer - s.left
     own, between = types[block.layer], types[first // 2:(first + n + 1) // 2]
     if s.tp.simulated or torch.compiler.is_compiling() or not Flight.hide or s.left <= n:
         return None
-    # another type may sync before, which sends it too
     return Flight(s.tp) if set(between) <= {own, 'parallel'} else None
 
 
-class Arrival(NamedTuple):
+class DelayedSync(NamedTuple):
     """An entry of Stream.due: what enters c by a hidden all-reduce once only `left` sublayers are to come."""
     left: int
     P: torch.Tensor | None = None  # drifted, P_r of one sublayer; None: all that is apart
     flight: Flight | None = None  # if the all-reduce is on its way
     zero: torch.Tensor | None = None  # of P's flight, to which the sum is added
 
-    def enter(self, s):
+    def apply(self, s):
         if self.P is None and self.flight is None:
             return s.sync(kind='hidden')
         if self.P is None:
@@ -203,7 +206,7 @@ class LadderBlock(Block, name='ladder'):
         c, d_sum = add_optional(s.c, enter_stream(product.bias(), s.tp)), add_optional(P_sum, s.d_sum)
         flight = new_flight(s, 1, self)
         c = flight.take_off(d_sum, c) if flight else c
-        return s._replace(c=c, d_sum=d_sum, due=(Arrival(s.left - 1, flight=flight), *s.due))
+        return s._replace(c=c, d_sum=d_sum, due=(DelayedSync(s.left - 1, flight=flight), *s.due))
 
 
 class DTPBlock(Block, name='dtp'):
@@ -224,7 +227,7 @@ class DTPBlock(Block, name='dtp'):
         s = s.add(Multiplied(P, product.bias()))
         flight = new_flight(s, self.config.dtp_delay, self)
         zero = flight and flight.take_off(P.sum(0), s.c.new_zeros(()).expand_as(s.c))
-        return s._replace(due=(*s.due, Arrival(s.left - self.config.dtp_delay, P, flight, zero)))
+        return s._replace(due=(*s.due, DelayedSync(s.left - self.config.dtp_delay, P, flight, zero)))
 
 
 class Multiplied(NamedTuple):

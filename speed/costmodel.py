@@ -312,10 +312,10 @@ def design_messages(config, ddp_size, vocab_size=VOCAB_SIZE):
     wide = 4 if config.dtype == 'float32' else 2  # bytes of the compute dtype
     with FakeTensorMode():
         dense = GPT(gpt_config(vars(config), vocab_size))
-        stream = observe_all_reduces(dense)  # freezes what no block uses; in float32
+        stream = observe_all_reduces(dense)  # in float32
         mine = GPT(dense.config, TPGroup(R, rank=0))
     sizes = {name: p.numel() for name, p in mine.named_parameters()
-             if dense.get_parameter(name).requires_grad}
+             if dense.get_parameter(name).grad is not None}  # a block may leave one out
     behind, messages = behind_sublayer(config.n_layer, loader.micro_steps), []
     if R > 1:
         head = [Message('head', size) for size in (4 * N, 8 * N, wide * N * C)]

@@ -79,5 +79,5 @@ def test_a_block_that_leaves_the_cache_out_samples_as_well(own_blocks):
     torch.manual_seed(3)
     assert torch.equal(model.generate(tokens()[:, :PROMPT], 8),
                        recomputed(model, tokens()[:, :PROMPT], 8, seed=3))
-    with pytest.raises(ValueError, match='gives it to self.attn once'):
+    with pytest.raises(ValueError, match='give s.cache to self.attn only once'):
         build(['spd', 'twice'], 2, block_size=T).generate(tokens()[:, :PROMPT], 2)
