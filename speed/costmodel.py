@@ -251,7 +251,9 @@ class Collectives(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if 'c10d' in func.namespace:
+        if func.namespace == 'symm_mem':  # its one-shot all-reduce, of the stream alone, is waited for
+            self.messages.append(Message(self.kind(args[0], self.group), args[0].nbytes))
+        elif 'c10d' in func.namespace:
             assert func is torch.ops.c10d.allreduce_.default, f'{func} is a collective that nobody counts'
             group, waited_for = dist.ProcessGroup.unbox(args[1]), args[4:5] == (False,)
             kinds = [self.kind(tensor, group) for tensor in args[0]]

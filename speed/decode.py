@@ -86,7 +86,7 @@ class Writer:
             return costmodel.observe_step(self.model, step, costmodel.behind_decoding(self.model))
         with count_all_reduces() as observed:  # simulated: none is sent
             step()
-        return [costmodel.Message(way, size) for way, _, size in observed]
+        return [costmodel.Message(way, size, float(kind == 'hidden')) for way, kind, size in observed]
 
 
 class GraphWriter(Writer):
@@ -162,7 +162,7 @@ def with_one_shot(world):
     dist.all_reduce(failures, group=world.tp.group)
     if failures.item():
         return world, f'{backend} (no symmetric memory: {problem or "on another process"})'
-    words = f"symmetric memory's one-shot up to {ONE_SHOT // 1024} KB, else {backend}"
+    words = f"symmetric memory's one-shot if waited for and up to {ONE_SHOT // 1024} KB, else {backend}"
     return world._replace(tp=group), words
 
 

@@ -7,8 +7,10 @@ The cost model: its arithmetic by hand, its fit, and the all-reduces that it exp
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from configurator import load
+from model import GPT, GPTConfig
 from speed import costmodel
 from speed.costmodel import Cluster, Link, Message
 
@@ -87,6 +89,18 @@ def test_a_predicted_text_by_hand():
         Message('forward', 10 * 2 * 2 * C, pytest.approx(1 / 6))] * 4
     took = costmodel.predict(*token, dict(tp=Link(1.0, 1e9)))
     assert took == pytest.approx(token[0] * (1 - 4 * behind) + 5 * (1 + 256e-9))
+
+
+def test_a_one_shot_all_reduce_is_a_message_of_the_stream():
+    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
+    watching = costmodel.Collectives(model, behind={})
+
+    def one_shot(buffer, how, group):
+        return buffer
+    one_shot.namespace = 'symm_mem'
+    watching.in_forward = True
+    watching.__torch_dispatch__(one_shot, (), (torch.ones(3, 1, 8), 'sum', 'group'))
+    assert watching.messages == [Message('forward', 4 * 3 * 8)]
 
 
 def test_groups_inside_a_node_leave_its_network_to_the_average():

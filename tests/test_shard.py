@@ -119,6 +119,7 @@ def test_a_process_names_its_gpu_by_number(local_rank, index, monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(torch, 'zeros', lambda *shape, device: zeros(*shape))
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: True)
     assert find_world(load(['config/train_gpt2.py'])).device == torch.device('cuda', index)
 
