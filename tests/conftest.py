@@ -49,6 +49,16 @@ def own_blocks(monkeypatch):
     monkeypatch.setattr(configurator, 'COMMUNICATIONS', dict(configurator.COMMUNICATIONS))
 
 
+@pytest.fixture
+def gptj(own_blocks):
+    """GPT-J's layer, in which attention and the MLP share one LayerNorm; ln_2 is not used."""
+    class GPTJBlock(model.Block, name='gptj'):
+        def forward(self, s):
+            h = self.ln_1(s.u)
+            return s.sync(self.attn(h), self.mlp(h))
+    configurator.COMMUNICATIONS['gptj'] = 1
+
+
 @pytest.fixture(scope='session')
 def corpus():
     """The corpus pystdlib, prepared by one worker of pytest-xdist while the others wait."""

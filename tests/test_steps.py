@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
-import configurator
 import train
-from model import Block, TPGroup
+from model import TPGroup
 from toy_runs import (
     DROPOUT,
     TINY,
@@ -155,16 +154,6 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 
 # a block that leaves a parameter unused
-
-
-@pytest.fixture
-def gptj(own_blocks):
-    """GPT-J's layer, in which attention and the MLP share one LayerNorm; ln_2 is not used."""
-    class GPTJBlock(Block, name='gptj'):
-        def forward(self, s):
-            h = self.ln_1(s.u)
-            return s.sync(self.attn(h), self.mlp(h))
-    configurator.COMMUNICATIONS['gptj'] = 1
 
 
 def test_an_unused_parameter_stays_as_it_is_and_counts_for_nothing(gptj):

@@ -7,11 +7,9 @@ Runs whose blocks change while they train.
 import pytest
 import torch
 
-import configurator
 import sweep
 import train
 from configurator import load, load_each
-from model import Block
 from speed.costmodel import Cluster, predicted_seconds
 from toy_runs import DROPOUT, Crash, assert_same_run, crash, info, metrics, refused, run, stop_at, terminate
 from training import checkpoint
@@ -21,16 +19,6 @@ from written_runs import DENSE, SPD, compare_all, csv_lines, found_under, shifte
 pytestmark = pytest.mark.usefixtures('corpus')
 
 SHORT = [*DROPOUT, '--max_iters=12', '--lr_decay_iters=12', '--eval_interval=4', '--bias=True']
-
-
-@pytest.fixture
-def gptj(own_blocks):
-    """GPT-J's layer, in which attention and the MLP share one LayerNorm; ln_2 is not used."""
-    class GPTJBlock(Block, name='gptj'):
-        def forward(self, s):
-            h = self.ln_1(s.u)
-            return s.sync(self.attn(h), self.mlp(h))
-    configurator.COMMUNICATIONS['gptj'] = 1
 
 
 @pytest.mark.parametrize('first, then', [('gptj,spd', 'parallel,tp'), ('tp', 'dtp,gptj')])
