@@ -89,6 +89,15 @@ def fail(message):
     sys.exit(f'error: {message}')
 
 
+@contextmanager
+def one_line(*kinds):
+    """End the program, by fail(), if the block raises OSError or an error of these kinds."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        fail(f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else str(error))
+
+
 def add_text_arguments(parser, words):
     """Of the scripts that measure or predict how fast text is generated."""
     parser.add_argument('--decode', action='store_true', help=words)

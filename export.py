@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import begin_program, fail, pattern
+from configurator import begin_program, fail, one_line, pattern
 
 
 def parse_args(argv):
@@ -67,12 +67,23 @@ def fold(weights, scale):
     return {name: p * factors[name] if name in factors else p for name, p in weights.items()}
 
 
-def loss_of(keys, weights):
-    """(loss, tokens) of a net on its run's validation tokens, in float32 on the CPU."""
+def loss_of(keys, weights, val):
+    """(loss, tokens) of a net on its run's evaluation tokens, the first of val, in float32 on the CPU."""
     config, world = SimpleNamespace(**keys | dict(dtype='float32')), World(0, 1, [[0]], torch.device('cpu'))
     model = GPT(gpt_config(keys))
     model.load_state_dict(weights)
-    return evaluate(model, open_corpus(config.dataset).val, config.eval_tokens, config, world)
+    return evaluate(model, val, config.eval_tokens, config, world)
+
+
+def loss_change(keys, weights, dense, folded):
+    """A line: the losses of a net, its keys and weights, and of the dense one that is exported for it."""
+    try:
+        val = open_corpus(keys['dataset']).val
+    except ValueError as error:
+        return f'warning: the change in loss is not measured: {error}'
+    (loss, tokens), (dense_loss, _) = loss_of(keys, weights, val), loss_of(dense, folded, val)
+    return (f'val loss {loss:.6f} over {tokens:,} tokens; dense, as exported, {dense_loss:.6f}, '
+            f'{dense_loss - loss:+.6f}')
 
 
 def hub_config(keys, eot):
@@ -144,7 +155,7 @@ def main(argv):
         from safetensors.torch import save
     except ImportError:
         fail('export.py writes with safetensors: pip install safetensors')
-    try:
+    with one_line(ValueError):
         keys, weights, meta = read_file(Path(args.out_dir, args.checkpoint))
         if folder.exists() and any(folder.iterdir()):
             fail(f'--to is {folder}, which must not hold anything yet')
@@ -153,19 +164,13 @@ def main(argv):
         if reasons and args.dense != 'True':
             fail(f'{", ".join(reasons)}: that is not dense GPT-2; --dense=True exports the weights anyway')
         if reasons:
-            (loss, tokens), (dense_loss, _) = loss_of(keys, weights), loss_of(dense, folded)
-            print(f'{", ".join(reasons)}: val loss {loss:.6f} over {tokens:,} tokens; dense, as exported, '
-                  f'{dense_loss:.6f}, {dense_loss - loss:+.6f}')
+            print(f'{", ".join(reasons)}: {loss_change(keys, weights, dense, folded)}')
         folder.mkdir(parents=True, exist_ok=True)
         words = write_tokenizer(meta, folder)
         with atomic_write(folder / 'model.safetensors') as file:
             file.write(save(hub_weights(folded, keys['bias']), metadata=dict(format='pt')))
         eot = VOCAB_SIZES.get(meta and meta['tokenizer'], 0) - 1
         write_json(folder / 'config.json', hub_config(keys, eot if eot > 0 else None))
-    except OSError as error:
-        fail(f'{error.filename}: {error.strerror}' if error.filename else str(error))
-    except ValueError as error:
-        fail(str(error))
     print(f'{folder}: GPT-2 of {keys["n_layer"]} layers, {keys["n_embd"]} wide, {words}')
 
 

@@ -12,11 +12,10 @@ each process holds one tensor-parallel rank, and draws the text that one process
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
-from configurator import Config, begin_program, complete, fail
+from configurator import Config, begin_program, complete, fail, one_line
 
 
 def parse_args(argv):
@@ -61,22 +60,8 @@ import torch.distributed as dist
 from data.corpus import load_tokenizer
 from model import GPT
 from training import pretrained
-from training.distributed import World, connect, lay_out, read_environment
+from training.distributed import World, connect, lay_out, open_device, read_environment
 from variants import gpt_config
-
-
-def find_device(name):
-    """The torch.device of that name; None: a GPU if there is one. Ends the program if it is missing."""
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if name == 'cuda':
-        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
-    try:
-        device = torch.zeros(1, device=name).device
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)  # NCCL's
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        fail(f'--device is {name}, which this machine or this torch does not have; try --device=cpu')
 
 
 def load_run(args, flags):
@@ -96,7 +81,7 @@ def load_run(args, flags):
     return config, model.eval(), found.meta
 
 
-def find_world(config, device):
+def join_world(config, device):
     """The World of this process, joined if there are others. Refuses processes that would do nothing."""
     process, processes = read_environment()
     world = World(process, processes, lay_out(config, processes), device)
@@ -126,21 +111,20 @@ def continue_each(model, prompts, *how):
 
 def main(argv):
     args = parse_args(argv)
-    device = find_device(args.device)
+    try:
+        device = open_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except ValueError as error:
+        fail(f'--{error}; try --device=cpu')
     # what the run says of training does not count here
     flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_diagnostics=False, dtype='float32',
                  backend=None)
     if args.tp_size is not None:
         flags['tp_size'] = args.tp_size
-    try:
+    with one_line(ValueError, RuntimeError):
         config, model, meta = load_run(args, flags)
         tokenizer = load_tokenizer(meta)
         prompts = [encode(start, tokenizer).to(device) for start in args.start or ['\n']]
-    except OSError as error:
-        fail(f'{error.filename}: {error.strerror}' if error.filename else str(error))
-    except (ValueError, RuntimeError) as error:
-        fail(str(error))
-    world = find_world(config, device)
+    world = join_world(config, device)
     model = (model if world.tp is None else model.shard(world.tp)).to(device)
     if max(map(len, prompts)) + args.max_new_tokens > config.block_size and world.rank0:
         print(f'block_size is {config.block_size}; after so many tokens, each recomputes its window',

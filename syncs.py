@@ -53,9 +53,10 @@ def parse_args(argv):
     parser.add_argument('--out', type=Path, default=Path('out/syncs'), help='the folder to write')
     parser.error = lambda message: fail(f'{message}; see python syncs.py --help')
     args, flags = parser.parse_known_args(argv)
-    args.kinds = tuple(kind for kind in KINDS if kind in args.kinds.split(','))
-    if not args.kinds:
-        fail('--kinds names none of attn, mlp')
+    kinds = args.kinds.split(',')
+    if not set(kinds) <= set(KINDS):
+        fail(f'--kinds is {args.kinds}, it must be attn, mlp or attn,mlp')
+    args.kinds = tuple(kind for kind in KINDS if kind in kinds)
     if args.random < 0:
         fail(f'--random is {args.random}, it must be at least 0')
     return args, flags
@@ -116,7 +117,8 @@ def nats_of(model, x, y, sets):
     Layers that several have in common from the first on are computed once: a sync that is dropped late costs
     the layers after it alone.
     """
-    found, before, streams = {}, (), [model.enter(x)]  # streams: before the first layer, and after each
+    nats_by_types, before = {}, ()
+    streams = [model.enter(x)]  # before the first layer, and after each
     for types in sorted(sets):
         shared = next((i for i, (a, b) in enumerate(zip(types, before)) if a != b), len(before))
         del streams[shared + 1:]
@@ -124,8 +126,8 @@ def nats_of(model, x, y, sets):
             streams.append(BLOCKS[name].forward(block, streams[-1]))  # all types have the same parameters
         logits = model.lm_head(model.leave(streams[-1])).flatten(0, 1)  # (N, V)
         nats = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='none')  # (N,)
-        found[types], before = nats.view_as(y).double().sum(-1).cpu(), types
-    return found
+        nats_by_types[types], before = nats.view_as(y).double().sum(-1).cpu(), types
+    return nats_by_types
 
 
 class Measured:
@@ -155,8 +157,8 @@ class Measured:
             raise ValueError(f'{self.path} is of other measurements: {", ".join(changed)}; choose another '
                              '--out')
         for line in lines[1:-1]:  # a killed program may leave half a line at the end
-            batch, found = json.loads(line)
-            self.note(batch, {tuple(types.split(',')): nats for types, nats in found.items()})
+            batch, nats_by_name = json.loads(line)
+            self.note(batch, {tuple(name.split(',')): nats for name, nats in nats_by_name.items()})
         self.path.write_text('\n'.join([*lines[:-1], '']))
 
     def all_batches(self):
@@ -164,8 +166,8 @@ class Measured:
         return val_batches(self.val, config.block_size, config.batch_size, config.eval_tokens, 0, 1,
                            self.world.device)
 
-    def note(self, batch, found):
-        for types, nats in found.items():
+    def note(self, batch, nats_by_types):
+        for types, nats in nats_by_types.items():
             self.nats.setdefault(types, {})[batch] = nats
 
     @torch.no_grad()
@@ -177,10 +179,10 @@ class Measured:
                 if missing:
                     windows = -(-n // self.config.block_size)
                     with autocast(self.config, self.world):
-                        found = {types: nats[:windows].tolist()
-                                 for types, nats in nats_of(self.model, x, y, missing).items()}
-                    self.note(i, found)
-                    line = [i, {','.join(types): nats for types, nats in found.items()}]
+                        nats_by_types = {types: nats[:windows].tolist()
+                                         for types, nats in nats_of(self.model, x, y, missing).items()}
+                    self.note(i, nats_by_types)
+                    line = [i, {','.join(types): nats for types, nats in nats_by_types.items()}]
                     print(json.dumps(line), file=file, flush=True)
                 bar.update(len(sets))
 
@@ -260,39 +262,39 @@ def predict(model, x, y):
     """
     stream, R, apart = model.enter(x), model.tp.size, None
     stream = stream._replace(c=stream.c.requires_grad_())  # the parameters need none
-    reads, changes, found = [], [], dict(first_order=[], defect=[], cosine=[])
+    reads, changes, values = [], [], dict(first_order=[], defect=[], cosine=[])
     for block in model.transformer.h:
         for norm, sublayer in (block.ln_1, block.attn), (block.ln_2, block.mlp):
             product = sublayer(norm(stream.u))
             written, P = product.sum_over_ranks().detach(), product.per_rank().detach()
             if apart is not None:
                 other = sublayer(norm(apart)).sum_over_ranks()
-                found['defect'].append((other - written).norm() / written.norm())
+                values['defect'].append((other - written).norm() / written.norm())
             stream = stream.sync(product)
             # drifted in shape alone, so that each rank's reading has a gradient of its own
             reads.append(stream.c.expand(R, *stream.c.shape))  # drifted (R, B, T, C)
             changes.append(P - P.sum(0))
             apart = (reads[-1] + changes[-1]).detach()
-            found['cosine'].append(1 - F.cosine_similarity(apart, stream.c.detach(), dim=-1).mean())
+            values['cosine'].append(1 - F.cosine_similarity(apart, stream.c.detach(), dim=-1).mean())
             stream = stream._replace(u=reads[-1])
     loss = F.cross_entropy(model.lm_head(model.leave(stream)).flatten(0, 1), y.flatten(), ignore_index=-1)
     grads = torch.autograd.grad(loss, reads[:-1])
-    found['first_order'] = [(grad * change).sum() for grad, change in zip(grads, changes)]
+    values['first_order'] = [(grad * change).sum() for grad, change in zip(grads, changes)]
     zero = loss.new_zeros(())  # nothing reads after the last
-    found['cosine'].pop()
-    return {name: torch.stack([*values, zero]) for name, values in found.items()}
+    values['cosine'].pop()
+    return {name: torch.stack([*own, zero]) for name, own in values.items()}
 
 
 def predictions(measured):
     """predict() over the first batches: {name: {point: mean}}"""
-    config, found = measured.config, []
+    config, per_batch = measured.config, []
     for _, (x, y, n) in zip(range(PREDICTED), measured.all_batches()):
         windows = -(-n // config.block_size)  # the rest is padding
         with autocast(config, measured.world):
-            found.append(predict(measured.model, x[:windows], y[:windows]))
+            per_batch.append(predict(measured.model, x[:windows], y[:windows]))
     points = all_points(config.n_layer, KINDS)
-    return {name: dict(zip(points, torch.stack([one[name] for one in found]).mean(0).tolist()))
-            for name in found[0]}
+    return {name: dict(zip(points, torch.stack([one[name] for one in per_batch]).mean(0).tolist()))
+            for name in per_batch[0]}
 
 
 def correlation(values, differences):
@@ -302,7 +304,7 @@ def correlation(values, differences):
     return float(spearmanr(values, differences).statistic)
 
 
-# what was found
+# the report
 
 
 def dropped_in(types):
@@ -333,8 +335,10 @@ def best_sets(measured, kinds):
 
 def can_go(measured, best, margin):
     """
-    How many syncs can go: as many as before the first of best_sets() that is not shown to be within the
-    margin, by the one-sided 95% upper bound of its difference.
+    How many syncs can go on the tokens that the sets were chosen on: as many as before the first of
+    best_sets() whose difference, with half of its 90% interval over windows, reaches the margin.
+
+    That is no bound for other tokens: the sets were chosen on the same ones.
     """
     within = 0
     for types in best:
@@ -344,14 +348,14 @@ def can_go(measured, best, margin):
     return within
 
 
-def plot(found):
+def plot(report):
     """Each point's difference alone, and the loss against all-reduces."""
     with settings(REPORT):
         fig = Figure(figsize=(8, 3.2))
         left, right = fig.subplots(1, 2)
-        names = [point['name'] for point in found['points']]
+        names = [point['name'] for point in report['points']]
         for kind, marker in zip(KINDS, 'os'):
-            own = [(i, point) for i, point in enumerate(found['points']) if point['name'].endswith(kind)]
+            own = [(i, point) for i, point in enumerate(report['points']) if point['name'].endswith(kind)]
             left.errorbar([i for i, _ in own], [point['difference'] for _, point in own],
                           [point['high'] - point['difference'] for _, point in own], linestyle='',
                           marker=marker, markersize=3.5, color='black' if kind == 'attn' else '0.5',
@@ -360,17 +364,17 @@ def plot(found):
         left.set_ylabel('nats per token more than dense')
         left.set_yscale('symlog', linthresh=0.001)
         left.set_title('one sync dropped, 95% intervals over windows')
-        for (name, curve), style in zip(found['curves'].items(), ('o-', 's--')):
+        for (name, curve), style in zip(report['curves'].items(), ('o-', 's--')):
             right.plot([one['all_reduces'] for one in curve], [one['difference'] for one in curve], style,
                        color='black' if name == 'greedy' else '0.5', markersize=3, label=name)
-        for i, one in enumerate(found['random']):
+        for i, one in enumerate(report['random']):
             right.plot(one['all_reduces'], one['difference'], '.', color='0.7', markersize=3, zorder=1,
                        label='random sets' if i == 0 else None)
-        right.axhspan(0, found['margin'], color='0.9', zorder=0)
+        right.axhspan(0, report['margin'], color='0.9', zorder=0)
         right.invert_xaxis()
-        right.set_yscale('symlog', linthresh=found['margin'] / 10)
+        right.set_yscale('symlog', linthresh=report['margin'] / 10)
         right.set_xlabel('all-reduces, forward')
-        right.set_title(f'dropped one after the other, tp_size {found["tp_size"]}')
+        right.set_title(f'dropped one after the other, tp_size {report["tp_size"]}')
         for ax in left, right:
             ax.axhline(0, color='black', linewidth=0.8)
             ax.legend(fontsize=7)
@@ -388,7 +392,10 @@ def write_csv(path, rows):
 
 
 def open_net(config):
-    """(model, corpus, world): the dense net, all its ranks simulated. Ends the program if they do not fit."""
+    """
+    (model, corpus, world): the dense net, all its ranks simulated. Ends the program if they do not fit, or if
+    the net was not trained dense.
+    """
     world = find_world(config)
     if world.processes > 1:
         fail('syncs.py simulates all ranks in one process; start it without torchrun')
@@ -397,7 +404,7 @@ def open_net(config):
         keys = vars(config) | dict(block_types=None, dropout=0.0)
         with torch.device('meta'):
             model = GPT(gpt_config(keys))
-        model.load_state_dict(initial_weights(config, corpus), assign=True)
+        model.load_state_dict(initial_weights(config, corpus, dense=True), assign=True)
     return model.requires_grad_(False).to(world.device).eval(), corpus, world
 
 
@@ -420,7 +427,7 @@ def search(measured, args):
 
 
 def summary(measured, args, orders, drawn, guesses):
-    """syncs.json"""
+    """The report, for syncs.json. Its can_go holds for the tokens that the sets were chosen on: can_go()."""
     config, L = measured.config, measured.config.n_layer
     points = []
     for point in all_points(L, args.kinds):
@@ -444,20 +451,20 @@ def summary(measured, args, orders, drawn, guesses):
         spearman={name: correlation([point[name] for point in searched], truth) for name in guesses})
 
 
-def show(found, command):
-    print(f'dense: val loss {found["dense_loss"]:.6f} over {found["tokens"]:,} tokens')
+def show(report, command):
+    print(f'dense: val loss {report["dense_loss"]:.6f} over {report["tokens"]:,} tokens')
     print('dropped alone      difference, 95% interval over windows     first_order   defect   cosine')
-    for point in found['points']:
+    for point in report['points']:
         print('{name:<18} {difference:+.6f} [{low:+.6f}, {high:+.6f}]     {first_order:+.6f}    {defect:.4f}'
               '   {cosine:.4f}'.format(**point))
-    words = [f'{name} {value:+.2f}' for name, value in found['spearman'].items() if value is not None]
+    words = [f'{name} {value:+.2f}' for name, value in report['spearman'].items() if value is not None]
     print(f'rank correlation of the predictors with the differences: {", ".join(words)}')
     print(f'the best at each number of all-reduces, each as measured by\n{command} with its line')
-    for one in found['frontier']:
+    for one in report['frontier']:
         print('{all_reduces:3} {loss:.6f} {difference:+.6f} [{low:+.6f}, {high:+.6f}]  '
               '--block_types={block_types}'.format(**one))
-    print('{can_go} of {syncs} can go within {margin:g} ({search} search; one-sided 95% upper bound over '
-          'windows)'.format(**found))
+    print('{can_go} of {syncs} can go within {margin:g} on the tokens that they were chosen on; confirm with '
+          'train.py --eval_only=True and more --eval_tokens'.format(**report))
 
 
 def main(argv):
@@ -475,13 +482,13 @@ def main(argv):
     guesses = predictions(measured)
     print(f'predictors: {time.perf_counter() - began:.1f} s')
     orders, drawn = search(measured, args)
-    found = summary(measured, args, orders, drawn, guesses)
+    report = summary(measured, args, orders, drawn, guesses)
     command = ['python', 'train.py', *flags, f'--eval_tokens={config.eval_tokens}', '--eval_only=True']
-    show(found, shlex.join(command))
-    write_json(args.out / 'syncs.json', found | dict(command=shlex.join(command)))
-    write_csv(args.out / 'points.csv', found['points'])
-    write_csv(args.out / 'frontier.csv', found['frontier'])
-    write_figure(plot(found), args.out, 'syncs', ['png'])
+    show(report, shlex.join(command))
+    write_json(args.out / 'syncs.json', report | dict(command=shlex.join(command)))
+    write_csv(args.out / 'points.csv', report['points'])
+    write_csv(args.out / 'frontier.csv', report['frontier'])
+    write_figure(plot(report), args.out, 'syncs', ['png'])
 
 
 if __name__ == '__main__':

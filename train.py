@@ -31,7 +31,7 @@ from data.dataloader import TrainLoader, val_batches
 from model import GPT, count_all_reduces
 from training.checkpoint import Writer, fresh_or_resumed
 from training.diagnostics import diagnose
-from training.distill import find_teacher, taught
+from training.distill import find_teacher, with_teacher
 from training.distributed import Report, all_reduce_sum, find_world, joined, on_rank0, require_agreement
 from training.logger import Log, counts, describe, introduction
 from training.pretrained import initial_weights
@@ -129,7 +129,7 @@ class Network:
 
     def __init__(self, raw_model, config, teacher=None):
         self.raw_model, self.teacher = raw_model, teacher
-        self.model = self.ddp_model = taught(raw_model, teacher, config)
+        self.model = self.ddp_model = with_teacher(raw_model, teacher, config)
         self.optimizer = raw_model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
         device = raw_model.lm_head.weight.device.type
@@ -139,7 +139,7 @@ class Network:
         """Go on with these blocks over the same parameters and optimizer state. Collective if sharded."""
         if block_types != self.raw_model.config.block_types:
             self.raw_model = self.raw_model.with_blocks(block_types)
-            self.model = self.ddp_model = taught(self.raw_model, self.teacher, config)
+            self.model = self.ddp_model = with_teacher(self.raw_model, self.teacher, config)
             freeze_untrained(self.raw_model, config.train_layers)
 
     def switch(self, block_types, micro_batch, config, world, say):
@@ -388,7 +388,7 @@ def main(argv):
             result, resuming = on_rank0(lambda: claim(config), world)
             if result:
                 return world.say(result)  # finished already
-            weights = initial_weights(config, corpus, resuming)
+            weights = initial_weights(config, corpus, resuming, say=world.say)
             raw_model, size = build_model(config, model_config, world, weights)
             net = Network(raw_model, config, find_teacher(config, model_config, weights, world))
             state, saved_step, messages = fresh_or_resumed(net, resuming, config, corpus, world)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configurator import fail
+from configurator import one_line
 from data.corpus import TOKEN, Tokens, find_fault, open_folder
 from training.rundir import atomic_write, write_json
 
@@ -70,9 +70,8 @@ class Parser(argparse.ArgumentParser):
 def run_script(main):
     """Run a prepare script's main(). What flags, files or machine refuse is one line and exit status 1."""
     try:
-        main()
-    except (OSError, ValueError) as error:
-        fail(f'{error.filename}: {error.strerror}' if getattr(error, 'filename', None) else str(error))
+        with one_line(ValueError):
+            main()
     except KeyboardInterrupt:
         raise SystemExit('stopped; the same command goes on from what is finished') from None
 

@@ -23,7 +23,7 @@ import configurator
 import model
 from configurator import ROOT
 from data.corpus import open_corpus
-from toy_runs import DROPOUT, Crash, crash, info, metrics, run, stop_at
+from toy_runs import DROPOUT, TINY, Crash, crash, info, metrics, run, stop_at
 
 torch.set_num_threads(1)
 
@@ -78,6 +78,14 @@ def undisturbed(corpus, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp('undisturbed') / 'run'
     assert run(out_dir, *DROPOUT) == 0
     return out_dir
+
+
+@pytest.fixture(scope='session')
+def dense(corpus, tmp_path_factory):
+    """A checkpoint of a dense net. Tests only read it."""
+    out_dir = tmp_path_factory.mktemp('dense') / 'run'
+    assert run(out_dir, *TINY, '--tp_size=1', '--block_types=tp', '--max_iters=5') == 0
+    return out_dir / 'ckpt.pt'
 
 
 @pytest.fixture(scope='session')

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import export
 import sample
 from configurator import ROOT
-from data.corpus import byte_encoding, load_tokenizer
+from data.corpus import byte_encoding, load_tokenizer, open_corpus
 from model import GPT, GPTConfig
 from toy_runs import info, metrics, refused, run
 from training import checkpoint, pretrained
@@ -140,6 +140,24 @@ def test_a_net_is_refused_a_corpus_that_it_cannot_read(corpus, folders, undistur
     assert f'try {undisturbed}/ckpt.pt' in refused(tmp_path, *FLAGS, f'--init_from={undisturbed}')
 
 
+@pytest.mark.parametrize('name, text', [
+    ('model.safetensors.index.json', '{'), ('model.safetensors.index.json', '[]'),
+    ('model.safetensors', 'weights'), ('tokenizer.json', '{}')])
+def test_a_damaged_file_of_a_folder_gets_one_line(folders, tmp_path, name, text):
+    folder = shutil.copytree(folders['bytes'], tmp_path / 'folder')
+    (folder / name).write_text(text)
+    assert f'{folder / name} is damaged' in refused(tmp_path, *FLAGS, f'--init_from={folder}')
+
+
+def test_settings_of_a_net_that_its_new_run_drops_are_warned_of(undisturbed, tmp_path, capsys):
+    flags = [FLAGS[0], f'--init_from={undisturbed}/ckpt.pt', '--eval_tokens=64', '--eval_only=True']
+    theirs = 'tp, spd, parallel, spd'
+    for given, warned in ([], True), (['--block_types=spd'], False):
+        assert run(tmp_path, *flags, *given) == 0
+        line = f'was trained with {theirs}, this run has tp x 4; --block_types={theirs.replace(" ", "")}'
+        assert (line in capsys.readouterr().out) == warned
+
+
 def test_a_checkpoint_of_nanogpt(corpus, tmp_path, capsys):
     shape = dict(n_layer=2, n_head=4, n_embd=16, block_size=32, bias=True, vocab_size=320)
     model = GPT(GPTConfig(**shape, tp_size=1))
@@ -176,7 +194,7 @@ def test_out_and_in_again_changes_no_bit(corpus, folders, tmp_path, capsys):
     sample.main([f'--init_from={tmp_path}/to', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])
 
 
-def test_a_net_that_is_not_dense_is_exported_on_request(undisturbed, tmp_path, capsys):
+def test_a_net_that_is_not_dense_is_exported_on_request(undisturbed, tmp_path, capsys, monkeypatch):
     message = exported(undisturbed, tmp_path / 'to')
     assert 'block_types is tp, spd, parallel, spd' in message and '--dense=True' in message
     assert not (tmp_path / 'to').exists()
@@ -187,6 +205,11 @@ def test_a_net_that_is_not_dense_is_exported_on_request(undisturbed, tmp_path, c
     flags = [*FLAGS, '--block_types=tp', '--eval_tokens=1000', '--eval_only=True']
     assert run(tmp_path / 'new', *flags, f'--init_from={tmp_path}/to') == 0
     assert f'val loss {dense:.6f}' in capsys.readouterr().out
+    monkeypatch.setattr(export, 'open_corpus', lambda name: open_corpus(name, tmp_path))  # there is none
+    assert exported(undisturbed, tmp_path / 'again', '--dense=True') is None
+    assert 'warning: the change in loss is not measured: there is no dataset' in capsys.readouterr().out
+    again, to = (GPT2LMHeadModel.from_pretrained(tmp_path / name).state_dict() for name in ('again', 'to'))
+    torch.testing.assert_close(again, to, rtol=0, atol=0)
 
 
 def test_a_scale_of_the_embeddings_is_folded_in():

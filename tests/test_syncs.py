@@ -19,9 +19,9 @@ CPU = str(ROOT / 'config/cpu.py')
 
 
 @pytest.fixture(scope='module')
-def source(undisturbed):
+def source(dense):
     """Flags for a toy run's net: 4 layers, 3 windows of 32 in a batch; 10 windows and a part of one."""
-    return [CPU, f'--init_from={undisturbed}/ckpt.pt', '--tp_size=4', '--batch_size=3', '--tokens=330']
+    return [CPU, f'--init_from={dense}', '--tp_size=4', '--batch_size=3', '--tokens=330']
 
 
 @pytest.fixture(scope='module')
@@ -154,12 +154,19 @@ def test_first_order_is_the_derivative_of_the_loss(own_blocks):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--init_from=scratch'], 'init_from'), (['--tp_size=1'], 'tp_size is 1'), (['--kinds=mpl'], 'attn, mlp'),
-    (['--block_types=spd'], 'block_types'), (['--tokens=40'], '40 tokens'), (['--tp_size=3'], 'tp_size'),
-    (['--merge=mean'], 'merge is mean'), (['--search=all'], 'search'),
+    (['--init_from=scratch'], 'init_from'), (['--tp_size=1'], 'tp_size is 1'),
+    (['--kinds=attn,mpl'], 'kinds is attn,mpl'), (['--block_types=spd'], 'block_types'),
+    (['--tokens=40'], '40 tokens'), (['--tp_size=3'], 'tp_size'), (['--merge=mean'], 'merge is mean'),
+    (['--search=all'], 'search'),
 ])
 def test_a_mistake_gets_one_line(source, tmp_path, flags, words):
     with pytest.raises(SystemExit) as stopped:
         syncs.main([*source, *flags, f'--out={tmp_path}/out'])
     assert stopped.value.code.startswith('error: ') and words in stopped.value.code
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_net_that_was_not_trained_dense_is_refused(source, undisturbed, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        syncs.main([*source, f'--init_from={undisturbed}/ckpt.pt', f'--out={tmp_path}/out'])
+    assert 'trained with tp, spd, parallel, spd' in stopped.value.code and not (tmp_path / 'out').exists()

@@ -57,21 +57,21 @@ def diagnose(model, idx, targets):
             found['attention_over_embedding'] = None
             if 1 in read:
                 embedding = synced(0)  # (B, T, C)
-                apart = by_rank(read[1] - embedding).flatten(1).norm(dim=1).mean()
+                apart = with_rank_dim(read[1] - embedding).flatten(1).norm(dim=1).mean()
                 found['attention_over_embedding'] = apart / embedding.norm()
     finally:
         model.train(training)
         open_counters.extend(counters)
-    return {key: [short(item) for item in value] if isinstance(value, list) else short(value)
+    return {key: [rounded(item) for item in value] if isinstance(value, list) else rounded(value)
             for key, value in found.items()}
 
 
-def short(value):
+def rounded(value):
     """A 0-dim tensor as a number of six digits; None stays."""
     return None if value is None else float(f'{value.item():.6g}')
 
 
-def by_rank(u):
+def with_rank_dim(u):
     """u replicated (B, T, C) or drifted (R, B, T, C) -> (1 or R, B, T, C)"""
     return u if drifted(u) else u[None]
 
@@ -114,7 +114,7 @@ def likeness(read, config):
     names = 'dispersion', 'cka', 'rank_one', 'rank_all'
     found = {name: [None] * (2 * config.n_layer + 1) for name in names}
     for place, u in read.items():
-        x = by_rank(u).flatten(1, 2)  # (1 or R, N, C); 1 stands for R equal ones
+        x = with_rank_dim(u).flatten(1, 2)  # (1 or R, N, C); 1 stands for R equal ones
         found['dispersion'][place] = (x - x.mean(0)).square().sum() / x.square().sum()
         x = x - x.mean(1, keepdim=True)
         R, _, C = x.shape
@@ -143,7 +143,7 @@ def lens(model, read, synced, targets):
     for place in {min(2 * round(quarter * n / 4) + half, 2 * n) for quarter in range(5) for half in (0, 1)}:
         found['lens_synced'][place] = loss(synced(place))
         if place in read:
-            found['lens_alone'][place] = torch.stack([loss(u) for u in by_rank(read[place])]).mean()
+            found['lens_alone'][place] = torch.stack([loss(u) for u in with_rank_dim(read[place])]).mean()
     return found
 
 
@@ -160,8 +160,8 @@ def gradient_norms(grads, config):
         squares[int('ln_' in name), place] += grad.square().sum()
         if sharding(name):
             dim, parts = sharding(name)
-            by_rank = grad.unflatten(dim, (parts, R, -1)).movedim(dim + 1, 0)  # (R, ...)
-            squares[2:, place] += by_rank.flatten(1).square().sum(1)
+            shards = grad.unflatten(dim, (parts, R, -1)).movedim(dim + 1, 0)  # (R, ...)
+            squares[2:, place] += shards.flatten(1).square().sum(1)
     names = ['grad', 'grad_ln'] + [f'grad_rank_{r}' for r in range(R) if R > 1]
     found = {name: list(norms) for name, norms in zip(names, squares.sqrt())}
     for name in names[2:]:

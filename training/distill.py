@@ -25,10 +25,7 @@ class Teacher(NamedTuple):
 
 
 def find_teacher(config, model_config, weights, world):
-    """
-    The Teacher of these weights, a dense state_dict, whole on each process: all layers tp, one rank. None
-    unless the run distills.
-    """
+    """The Teacher: the dense net of these weights, not sharded. None if the run does not distill."""
     if weights is None or not config.distill:
         return None
     digest = hashlib.sha256()
@@ -40,7 +37,7 @@ def find_teacher(config, model_config, weights, world):
     return Teacher(model.requires_grad_(False).eval().to(world.device), digest.hexdigest())
 
 
-def taught(model, teacher, config):
+def with_teacher(model, teacher, config):
     """The GPT, or with a Teacher the Distilled that trains it as the config says."""
     return model if teacher is None else Distilled(
         model, teacher.model, config.distill_temperature, config.distill_weight)

@@ -102,17 +102,11 @@ def read_environment():
 
 def find_device(config):
     """The torch.device of this process, set up for the run. Ends the program if it is missing."""
-    name = config.device
-    if name == 'cuda':  # torch.cuda.set_device wants a number
-        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        config.refuse(f'device is {name}, which this machine or this torch does not have; try config/cpu.py, '
-                      'or --device=cpu --dtype=float32 --compile=False')
+        device = open_device(config.device)
+    except ValueError as error:
+        config.refuse(f'{error}; try config/cpu.py, or --device=cpu --dtype=float32 --compile=False')
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
         if torch.cuda.get_device_capability(device) >= (9, 0):  # from Hopper on, cuDNN's attention first
             torch._C._set_sdp_priority_order([int(kernel) for kernel in ATTENTION])
@@ -120,6 +114,20 @@ def find_device(config):
             config.refuse('dtype is bfloat16, which this GPU does not compute; try --dtype=float16')
     elif device.type == 'cpu':
         keep_freed_memory()
+    return device
+
+
+def open_device(name):
+    """The torch.device of that name; of cuda, this process's GPU. Raises ValueError if it is missing."""
+    if name == 'cuda':  # torch.cuda.set_device wants a number
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f'device is {name}, which this machine or this torch does not have') from None
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
     return device
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import SHAPE, blocks_after, complete, pattern
+from configurator import SHAPE, blocks_after, complete, pattern, period
 from data.corpus import VOCAB_SIZES, byte_units
 from model import GPT
 from training import checkpoint
@@ -23,7 +23,7 @@ from variants import gpt_config
 
 HUB = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 GELUS = dict(gelu='erf', gelu_new='tanh', gelu_pytorch_tanh='tanh')  # by the hub's names for them
-# what GPT-2 of the hub may have otherwise, and a net of model.py has so
+# settings of the hub's config.json that model.py does not support otherwise
 FIXED = dict(n_inner=None, layer_norm_epsilon=1e-5, scale_attn_weights=True, tie_word_embeddings=True,
              scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # (in, out) in the hub's layout
@@ -51,27 +51,49 @@ def load(source):
     return read_folder(path) if path.is_dir() else read_file(path)
 
 
-def initial_weights(config, corpus, resuming=False):
-    """
-    The dense state_dict that a run's init_from names, wpe cut to its block_size. None if it names scratch; of
-    a run that is resumed, unless it trains on with these weights as its teacher.
+def not_dense(keys):
+    """What a net was trained with, in words, if it is not the dense net of its weights; else None."""
+    types, merge = keys.get('block_types') or ['tp'], keys.get('merge', 'sum')
+    words = pattern(types) + (f', merged by {merge}' if merge != 'sum' else '')
+    return None if set(types) == {'tp'} and merge == 'sum' else words
 
-    Raises ValueError, in one line, if the net has not learned the corpus's tokens, or cannot teach.
+
+def lost_settings(config, keys):
+    """Warnings: what a net was trained with that its new run, which does not choose it, has otherwise."""
+    def written(key, value):
+        return pattern(value) if key == 'block_types' else f'merge {value}'
+
+    for key in 'block_types', 'merge':
+        theirs, ours = keys.get(key), getattr(config, key)
+        if theirs not in (None, ours) and config.sources[key] == 'config/defaults.py':
+            flag = ','.join(theirs[:period(theirs)]) if key == 'block_types' else theirs
+            yield (f'warning: {config.init_from} was trained with {written(key, theirs)}, this run has '
+                   f'{written(key, ours)}; --{key}={flag} keeps it')
+
+
+def initial_weights(config, corpus, resuming=False, dense=False, say=print):
+    """
+    The dense state_dict that init_from names, wpe cut to block_size. None for scratch, and for a resumed run
+    unless it still needs the weights as its teacher.
+
+    Raises ValueError, in one line, if the net has not learned the corpus's tokens, or is not dense but must
+    be: to teach, or because the caller says so. say(line) is called with each warning.
     """
     teaches = config.distill and not config.eval_only
-    if config.init_from == 'scratch' or resuming and not teaches:
+    if config.init_from == 'scratch' or (resuming and not teaches):
         return None
     if resuming and config.init_from not in HUB and not Path(config.init_from).exists():
         raise ValueError(f'distill is True, but the teacher, {config.init_from}, is gone; put it back, or go '
                          'on without it, --distill=False')
     found = load(config.init_from)
-    types = found.keys.get('block_types') or ['tp']
-    if teaches and set(types) != {'tp'}:
-        raise ValueError(f'distill is True, but the net of {config.init_from} is not dense: its block_types '
-                         f'is {pattern(types)}, it must be tp')
+    if (teaches or dense) and (words := not_dense(found.keys)):
+        raise ValueError(f'{"distill is True, but " if teaches else ""}the net of {config.init_from} is not '
+                         f'dense: it was trained with {words}')
     if found.meta and any(found.meta.get(key) != corpus.meta.get(key) for key in ('tokenizer', 'chars')):
         raise ValueError(f'dataset is {corpus.name}, whose tokenizer is {corpus.meta["tokenizer"]}; the net '
                          f'of {config.init_from} was trained with {found.meta["tokenizer"]}')
+    for line in lost_settings(config, found.keys):
+        say(line)
     return found.weights | {WPE: found.weights[WPE][:config.block_size]}
 
 
@@ -124,17 +146,17 @@ def read_safetensors(folder):
     except ImportError:
         raise ValueError(f'init_from is {folder}, which is read by safetensors: pip install safetensors') \
             from None
-    index, names = folder / 'model.safetensors.index.json', ['model.safetensors']
-    weights = {}
+    path, names, weights = folder / 'model.safetensors.index.json', ['model.safetensors'], {}
     try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_bytes())['weight_map'].values()))
-        for name in names:
-            weights |= load_file(folder / name)
+        if path.is_file():
+            names = sorted(set(json.loads(path.read_bytes())['weight_map'].values()))
+        for path in [folder / name for name in names]:
+            weights |= load_file(path)
     except FileNotFoundError:
-        raise ValueError(f'{folder / name} is missing') from None
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f'{folder / name} is damaged: {error}') from None
+        raise ValueError(f'{path} is missing') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            SafetensorError) as error:
+        raise ValueError(f'{path} is damaged: {type(error).__name__}: {error}') from None
     return weights
 
 
@@ -142,14 +164,19 @@ def find_tokenizer(folder, vocab_size):
     """
     What load_tokenizer() needs for the tokenizer beside a net, as a dict. None: not known.
 
-    tokenizer is byte or gpt2 if it is that one, else the path of tokenizer.json. Without the file, GPT-2's
-    number of words means GPT-2's.
+    tokenizer is byte or gpt2 if it is that one, else the path of tokenizer.json. Without the file, a
+    vocabulary of GPT-2's size is taken for GPT-2's. Raises ValueError, in one line, if it cannot be read.
     """
     path = folder / 'tokenizer.json'
     if not path.is_file():
         return guess_tokenizer(vocab_size)
-    from tokenizers import Tokenizer  # transformers brings it
-    vocab = Tokenizer.from_file(str(path)).get_vocab()
+    try:
+        from tokenizers import Tokenizer
+        vocab = Tokenizer.from_file(str(path)).get_vocab()
+    except ImportError:
+        raise ValueError(f'{path} is read by tokenizers: pip install tokenizers') from None
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f'{path} is damaged: {error}') from None
     name = str(path)
     if vocab.items() >= {unit: byte for byte, unit in enumerate(byte_units())}.items() and len(vocab) == 257:
         name = 'byte'
