@@ -14,6 +14,9 @@ The model's last sync stands among the points with difference 0: dropped, it mov
 is never saved and not searched. The best of many sets looks better on the tokens that it was chosen on than
 on others: confirm a line with train.py and more --eval_tokens.
 
+With --layout=affinity, heads and MLP columns are first permuted so that those that use each other's output
+share a rank: the same dense net, affinity.pt in --out, which the printed lines load.
+
 --out gets syncs.json, points.csv, frontier.csv, syncs.png, and measured.jsonl, from which the same command
 goes on where it was stopped. Any train.py key may be given.
 
@@ -37,6 +40,7 @@ KINDS = ('attn', 'mlp')
 # what a layer of a block type drops, by kind
 TYPES = {(): 'tp', ('attn',): 'spd', ('mlp',): 'attn_spd', KINDS: 'parallel'}
 PREDICTED = 4  # batches that the predictors read
+PROBED = 2048  # tokens of train, at most, that the layout is found on
 
 
 def parse_args(argv):
@@ -50,6 +54,8 @@ def parse_args(argv):
     parser.add_argument('--margin', type=float, default=0.02, help='nats that the syncs dropped may cost')
     parser.add_argument('--random', type=int, default=0, metavar='N',
                         help='measure N random sets as well, at a quarter, a half, three quarters dropped')
+    parser.add_argument('--layout', choices=('given', 'affinity'), default='given',
+                        help='which heads and MLP columns share a rank')
     parser.add_argument('--out', type=Path, default=Path('out/syncs'), help='the folder to write')
     parser.error = lambda message: fail(f'{message}; see python syncs.py --help')
     args, flags = parser.parse_known_args(argv)
@@ -97,6 +103,7 @@ from data.corpus import open_corpus
 from data.dataloader import val_batches
 from model import BLOCKS, GPT, count_all_reduces
 from train import autocast
+from training import layout
 from training.distributed import find_world
 from training.pretrained import initial_weights
 from training.rundir import write_json
@@ -408,6 +415,16 @@ def open_net(config):
     return model.requires_grad_(False).to(world.device).eval(), corpus, world
 
 
+def lay_out(model, corpus, config, path):
+    """Permute a model's heads and MLP columns over the ranks by affinity, and write it as a checkpoint."""
+    T = min(config.block_size, PROBED, len(corpus.train))
+    windows = min(PROBED, len(corpus.train)) // T
+    idx = torch.from_numpy(corpus.train.read(0, windows * T).astype('int64')).view(windows, T)
+    orders = layout.affinity(model, idx.to(model.lm_head.weight.device))
+    model.load_state_dict(layout.permuted(model.state_dict(), orders), assign=True)
+    layout.save(path, model, config, corpus)
+
+
 def search(measured, args):
     """Measure all that the arguments ask for. Returns ({search: order of points}, the random sets)."""
     config = measured.config
@@ -441,9 +458,10 @@ def summary(measured, args, orders, drawn, guesses):
     truth = [point['difference'] for point in searched]
     best = best_sets(measured, args.kinds)
     return dict(
-        init_from=config.init_from, tp_size=config.tp_size, dataset=config.dataset, search=args.search,
-        kinds=args.kinds, tokens=int(measured.counts.sum()), windows=len(measured.counts), margin=args.margin,
-        dense_loss=measured.loss(measured.dense), syncs=2 * L, can_go=can_go(measured, best, args.margin),
+        init_from=config.init_from, layout=args.layout, tp_size=config.tp_size, dataset=config.dataset,
+        search=args.search, kinds=args.kinds, tokens=int(measured.counts.sum()),
+        windows=len(measured.counts), margin=args.margin, dense_loss=measured.loss(measured.dense),
+        syncs=2 * L, can_go=can_go(measured, best, args.margin),
         points=points, frontier=[entry(measured, types) for types in best],
         curves={name: [entry(measured, types) for types in [measured.dense, *cumulative(order, L)]]
                 for name, order in orders.items()},
@@ -473,6 +491,10 @@ def main(argv):
     model, corpus, world = open_net(config)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        if args.layout == 'affinity':
+            lay_out(model, corpus, config, args.out / 'affinity.pt')
+            flags = [flag for flag in flags if not flag.startswith('--init_from=')]
+            flags.append(f'--init_from={args.out / "affinity.pt"}')
         measured = Measured(model, corpus, config, world, args.out / 'measured.jsonl')
     except OSError as error:
         fail(f'--out is {args.out}, which cannot be written: {error.strerror}')

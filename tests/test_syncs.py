@@ -106,6 +106,17 @@ def test_a_search_that_was_stopped_goes_on(searched, source, tmp_path, monkeypat
     assert 'tp_size is 4 there, 2 here' in stopped.value.code
 
 
+def test_a_layout_by_affinity_is_written_and_its_lines_load_it(found, source, tmp_path, capsys):
+    syncs.main([*source, '--layout=affinity', f'--out={tmp_path}'])
+    own = json.loads((tmp_path / 'syncs.json').read_text())
+    assert own['dense_loss'] == pytest.approx(found['dense_loss'], abs=1e-6)
+    assert own['points'][0]['loss'] != found['points'][0]['loss']
+    capsys.readouterr()
+    one = own['frontier'][5]
+    assert run(tmp_path / 'none', *own['command'].split()[2:], f'--block_types={one["block_types"]}') == 0
+    assert float(capsys.readouterr().out.split()[2]) == pytest.approx(one['loss'], abs=1e-6)
+
+
 def test_layers_in_common_are_computed_once(source, monkeypatch):
     model, corpus, world = syncs.open_net(syncs.load_config(*syncs.parse_args(source)))
     computed = []
@@ -157,7 +168,7 @@ def test_first_order_is_the_derivative_of_the_loss(own_blocks):
     (['--init_from=scratch'], 'init_from'), (['--tp_size=1'], 'tp_size is 1'),
     (['--kinds=attn,mpl'], 'kinds is attn,mpl'), (['--block_types=spd'], 'block_types'),
     (['--tokens=40'], '40 tokens'), (['--tp_size=3'], 'tp_size'), (['--merge=mean'], 'merge is mean'),
-    (['--search=all'], 'search'),
+    (['--search=all'], 'search'), (['--layout=best'], 'layout'),
 ])
 def test_a_mistake_gets_one_line(source, tmp_path, flags, words):
     with pytest.raises(SystemExit) as stopped:
