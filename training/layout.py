@@ -101,8 +101,9 @@ def permuted(weights, orders):
 def save(path, model, config, corpus):
     """Write a dense net as a checkpoint that --init_from, sample.py and export.py read."""
     keys = vars(config) | dict(block_types=['tp'] * config.n_layer, block_types_at=None)
-    state = dict(model={name: p.cpu() for name, p in model.state_dict().items()}, optimizer=dict(state={}),
-                 scaler={}, iter=0, progress={}, config=keys, vocab_size=model.config.vocab_size,
-                 corpus=corpus.meta)
+    weights = {name: p.cpu() for name, p in model.state_dict().items()}
+    weights['lm_head.weight'] = weights['transformer.wte.weight']  # one tensor, so that a file holds it once
+    state = dict(model=weights, optimizer=dict(state={}), scaler={}, iter=0, progress={}, config=keys,
+                 vocab_size=model.config.vocab_size, corpus=corpus.meta)
     with atomic_write(path) as file:
         torch.save(state, file)
