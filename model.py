@@ -352,7 +352,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (self.split_heads(part) for part in self.c_attn(u))  # (B or L*B, heads, T, hd)
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = self.attend(q, k, v).transpose(1, 2)  # (B or L*B, T, heads, hd)
+        causal = cache is None or q.size(-2) > 1  # a new token reads all tokens up to it
+        y = self.attend(q, k, v, causal).transpose(1, 2)  # (B or L*B, T, heads, hd)
         return self.c_proj(y.reshape(*u.shape[:-1], -1))
 
     def split_heads(self, part):
@@ -360,14 +361,10 @@ class CausalSelfAttention(nn.Module):
         T, heads = part.size(-2), part.size(-1) // self.head_size
         return part.reshape(-1, T, heads, self.head_size).transpose(1, 2)
 
-    def attend(self, q, k, v):
-        """
-        Causal softmax attention, scale 1/sqrt(hd). q, k, v and the result (B or L*B, heads, T, hd)
-
-        The q of one new token reads the k and v of all tokens up to it.
-        """
+    def attend(self, q, k, v, causal):
+        """Softmax attention, scale 1/sqrt(hd). q, k, v and the result (B or L*B, heads, T, hd)"""
         if not (self.training and self.dropout > 0):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(-2) == k.size(-2))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         # fused kernels draw masks of their own; these are drawn by head, so that no tp_size changes them
         T, hd = q.shape[-2:]
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)  # (B or L*B, heads, T, T)

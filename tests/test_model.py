@@ -440,6 +440,14 @@ def test_compiles_without_a_graph_break(backend, dropout):
     torch.testing.assert_close(compiled.eval()(batch()[0])[0], model(batch()[0])[0], rtol=0, atol=1e-9)
 
 
+def test_compiled_code_takes_sequences_of_any_length():
+    torch._dynamo.reset()
+    model, idx = build(['spd', 'parallel', 'tp'], 2), batch()[0]
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    for length in T, T - 1, T - 2:  # from the second on, the length is a symbol
+        torch.testing.assert_close(compiled(idx[:, :length])[0], model(idx[:, :length])[0])
+
+
 # dropout
 
 
