@@ -86,7 +86,8 @@ def build_model(config, model_config, world, weights=None):
     if config.perturb:
         perturb_weights(dense, config.perturb, config.seed)
     later = [dense.with_blocks(block_types) for _, block_types in stages(vars(config))[1:]]
-    observed = [observe_all_reduces(model) for model in (dense, *later)]
+    observed = [observe_all_reduces(model) for model in later]
+    observed = [observe_all_reduces(dense), *observed]  # dense last: its gradients say what to freeze
     freeze_untrained(dense, config.train_layers)
     size = dict(**counts(observed, config), parameters=dense.num_params(),
                 flops_per_token=dense.flops_per_token())
@@ -114,9 +115,8 @@ def observe_all_reduces(model):
 def freeze_untrained(model, train_layers=None):
     """
     Freeze what is in none of train_layers, unless that is None, and what no block uses: blocks of variants.py
-    may leave a parameter out, for whose gradient DDP would wait. Collective if sharded.
+    may leave a parameter out, for whose gradient DDP would wait. It has none after observe_all_reduces().
     """
-    observe_all_reduces(model)
     layers = [model] if train_layers is None else [model.transformer.h[i] for i in train_layers]
     trained = {p for layer in layers for p in layer.parameters()}
     for p in model.parameters():
@@ -140,6 +140,7 @@ class Network:
         if block_types != self.raw_model.config.block_types:
             self.raw_model = self.raw_model.with_blocks(block_types)
             self.model = self.ddp_model = with_teacher(self.raw_model, self.teacher, config)
+            observe_all_reduces(self.raw_model)
             freeze_untrained(self.raw_model, config.train_layers)
 
     def switch(self, block_types, micro_batch, config, world, say):
