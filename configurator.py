@@ -45,7 +45,7 @@ HOUSEKEEPING = {
     'out_dir', 'plan', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
     'checkpoint_interval', 'keep_checkpoints', 'keep_optimizer',
     'wandb_log', 'wandb_project', 'wandb_run_name', 'device', 'backend', 'compile', 'shard',
-    'tp_across_nodes', 'eval_train_tokens', 'log_diagnostics',
+    'recompute_layers', 'tp_across_nodes', 'eval_train_tokens', 'log_diagnostics',
 }
 
 AT_LEAST_1 = (lambda value: value >= 1, 'at least 1')
@@ -549,6 +549,9 @@ def resolve(config):
         config.min_lr = float(f'{config.learning_rate / 10:.12g}')  # 6e-4 / 10 is not 6e-5 in floats
     if config.decay_lr and config.min_lr > config.learning_rate:
         config.refuse(f'min_lr is {config.min_lr}, above learning_rate, {config.learning_rate}')
+    if not 0 <= config.recompute_layers <= config.n_layer:
+        config.refuse(f'recompute_layers is {config.recompute_layers}, it must be from 0 to n_layer, '
+                      f'{config.n_layer}')
     if config.train_layers is not None:
         layers = range(config.n_layer)
         if not config.train_layers or not all(type(i) is int and i in layers for i in config.train_layers):

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 
 from configurator import begin_program, blocks_after, fail, load, model_vocab_size, pattern, stages
 
@@ -25,6 +26,7 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from data.corpus import open_corpus
 from data.dataloader import TrainLoader, val_batches
@@ -152,12 +154,25 @@ class Network:
 
     def wrap(self, micro_batch, config, world, say):
         """Compile the model and put DDP around it, as config and world ask for."""
+        recompute(self.raw_model, config.recompute_layers)
         if config.compile:
             self.model = compiled(self.model, micro_batch, config, world, say)
         self.ddp_model = self.model
         if world.ddp_group is not None:
+            # not static_graph: after no_sync() it averages nothing (pytorch/pytorch#143580, #187732)
             self.ddp_model = DistributedDataParallel(
                 self.model, process_group=world.ddp_group, gradient_as_bucket_view=True)
+
+
+def recompute(model, layers):
+    """
+    Keep of the model's first layers only what they read; backward computes the rest again.
+
+    Sharded, that repeats all-reduces, without dropout one of a tp layer's two and none of an spd layer's. A
+    run's counts leave them out.
+    """
+    for block in model.transformer.h[:layers]:
+        block.forward = partial(checkpoint, partial(type(block).forward, block), use_reentrant=False)
 
 
 def autocast(config, world):

@@ -5,9 +5,11 @@ bench.py --kept: the memory that a step's forward pass keeps for its backward pa
 import torch
 import torch._dynamo
 
+from torch.utils._pytree import tree_leaves
+
 from model import GPT
 from speed.candidates import case
-from train import autocast
+from train import autocast, recompute
 from training.distributed import find_world
 from variants import gpt_config
 
@@ -16,6 +18,7 @@ def kept_tensors(model, windows, config, world):
     """The tensors, one per storage, that a forward pass over `windows` windows keeps; no parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     torch._dynamo.reset()  # or the second batch size would get a graph for any size
+    recompute(model, config.recompute_layers)
     network = torch.compile(model) if config.compile else model
     idx = torch.zeros(windows, config.block_size, dtype=torch.long, device=world.device)
     kept = {}
@@ -26,8 +29,15 @@ def kept_tensors(model, windows, config, world):
             kept[storage.data_ptr()] = tensor
         return tensor
 
+    def keep_inputs(block, inputs):
+        for tensor in filter(torch.is_tensor, tree_leaves(inputs)):
+            keep(tensor)
+
     with autocast(config, world):
         network(idx, idx)
+        if not config.compile:  # eagerly, what a recomputed layer reads is kept without a hook's knowledge
+            for block in model.transformer.h[:config.recompute_layers]:
+                block.register_forward_pre_hook(keep_inputs)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network(idx, idx)
     return list(kept.values())

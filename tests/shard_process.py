@@ -4,8 +4,9 @@ Sharded processes, started by test_shard.py: what they compute must be what simu
     python tests/shard_process.py PROCESSES TP_SIZE
 
 Every config of the experiment is checked at full depth, one whose blocks leave a parameter unused, and one
-that a dense net teaches. Every other config has biases; those that have them in groups of two have none in
-groups of four. The processes are forked: torch takes longer to load than to check a config.
+that a dense net teaches and whose first layers are recomputed. Every other config has biases; those that have
+them in groups of two have none in groups of four. The processes are forked: torch takes longer to load than
+to check a config.
 """
 
 import math
@@ -179,7 +180,7 @@ def load_configs(tp_size):
     for i, flags in enumerate([[str(ROOT / path)] for path in RUNS] + [unused]):
         bias = (i + tp_size // 2) % 2 == 0
         configs.append(load([str(ROOT / 'config/cpu.py'), *flags, *shape, f'--bias={bias}']))
-    taught = ['--n_layer=3', '--block_types=tp,spd,parallel', '--distill_weight=0.8']
+    taught = ['--n_layer=3', '--block_types=tp,spd,parallel', '--distill_weight=0.8', '--recompute_layers=2']
     configs.append(load([str(ROOT / 'config/cpu.py'), *taught, '--distill_temperature=2', *shape]))
     configs[-1].distill = True  # by weights that no file holds
     return configs

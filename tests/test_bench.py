@@ -104,18 +104,22 @@ def check_sharded_text(rows):
         assert rows[1]['compute_seconds'] == rows[2]['compute_seconds'] < hidden < waited_for
 
 
-def test_what_a_step_keeps_grows_by_the_same_with_every_window(tmp_path):
+@pytest.mark.parametrize('recomputed', [0, 1])
+def test_what_a_step_keeps_grows_by_the_same_with_every_window(tmp_path, recomputed):
     """bench.py infers three windows from one and two; here they are run as well."""
     path = 'config/train_gpt2_8comm.py'
-    shape = ['--tp_size=4', '--n_head=4', '--batch_size=3', '--n_layer=2', '--block_types=spd,parallel']
+    shape = ['--tp_size=4', '--n_head=4', '--batch_size=3', '--n_layer=2', '--block_types=spd,parallel',
+             f'--recompute_layers={recomputed}']
     bench.main([path, '--kept', *TINY, *shape, '--vocab_size=320', f'--json={tmp_path}/report'])
     dense, drifted = json.loads((tmp_path / 'report').read_text())
     config = load([path, 'config/cpu.py', *TINY[2:-2], *shape])
     model = GPT(gpt_config(vars(config), vocab_size=320))
-    kept = sum(tensor.untyped_storage().nbytes()
-               for tensor in kept_tensors(model, 3, config, find_world(config)))
-    assert drifted['kept_gib'] == kept / 2**30
-    assert drifted['step_gib'] == (kept + 16 * model.num_params()) / 2**30
+    kept = [sum(tensor.untyped_storage().nbytes()
+                for tensor in kept_tensors(model, 3, config, find_world(config)))
+            for config.recompute_layers in (recomputed, recomputed + 1)]
+    assert kept[1] < 0.9 * kept[0]
+    assert drifted['kept_gib'] == kept[0] / 2**30
+    assert drifted['step_gib'] == (kept[0] + 16 * model.num_params()) / 2**30
     assert dense['kept_gib'] < drifted['kept_gib'] and drifted['ratio'] > dense['ratio'] == 1
     assert dense['float32_logits'] == drifted['float32_logits'] == 1  # eagerly, they are kept
 

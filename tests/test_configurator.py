@@ -160,6 +160,7 @@ def test_defaults_are_the_recipe():
     (['--learning_rate=1e999'], ['learning_rate', 'inf']),
     (['--distill=True'], ['distill', 'a teacher', 'scratch', 'name weights']),
     (['--distill_weight=1.1'], ['distill_weight', '1.1', 'from 0 to 1']),
+    (['--recompute_layers=13'], ['recompute_layers', '13', 'n_layer, 12']),
     (['--train_layers=3,12'], ['train_layers', '[3, 12]', '0 to 11']),
     (['--train_layers=()'], ['train_layers', '[]', '0 to 11']),
     (['--train_layers=first'], ['train_layers', "'first'", 'a list']),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 import train
-from model import TPGroup
+from model import TPGroup, count_all_reduces
 from toy_runs import (
     DROPOUT,
     TINY,
@@ -151,6 +151,24 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     # read a step late, a bad step is still itself
     monkeypatch.setattr(train, 'train_step', lambda *args, **kw: report(math.nan, math.inf))
     assert 'step 5: loss nan' in refused(tmp_path / 'late', *flags)
+
+
+# layers that are recomputed
+
+
+def test_recomputing_layers_changes_no_number_of_a_run(undisturbed, tmp_path):
+    assert run(tmp_path, *DROPOUT, '--recompute_layers=2') == 0
+    assert_same_run(undisturbed, tmp_path)
+    assert info(tmp_path)['all_reduces'] == info(undisturbed)['all_reduces']
+
+
+@pytest.mark.parametrize('block_type, forward', [('tp', 6 + 2), ('spd', 3), ('parallel', 1)])
+def test_recomputing_repeats_the_first_all_reduce_of_a_tp_layer(block_type, forward):
+    net, config, world = toy([block_type] * 3, recompute_layers=2)
+    net.wrap(3, config, world, print)
+    with count_all_reduces() as found:
+        train.train_step(net, micro_batches(1, count=1), 1e-3, config, world)
+    assert (found.forward, found.backward) == (forward, dict(tp=6, spd=3, parallel=1)[block_type])
 
 
 # a block that leaves a parameter unused
