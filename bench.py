@@ -8,6 +8,7 @@ How fast a training step is, config by config: as ratios to the dense control, o
     python bench.py --micro_steps=5 --batch_size=48
     python bench.py --input --device=cpu
     python bench.py --kept --device=cpu --batch_size=12 --block_size=1024
+    python bench.py --kernels --with config/cpu.py --n_embd=256 --batch_size=4 --block_size=512
 
 A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens per replica, or
 with --micro_steps=N on N of them, which are read from a file as a run reads them (the recipe's step). The
@@ -21,9 +22,10 @@ process reduces over a group of itself. The difference is its time in collective
 peers. A sweep of all-reduces measures the links, and the cost model's prediction stands beside what was
 measured.
 
---input measures the reading of a step's windows in place of the step, and --kept the memory that a step's
-forward pass keeps for its backward pass. --decode measures generating text, with --textbook beside a loop
-that recomputes the whole text for each token, with --shard over the processes of one tensor-parallel group.
+--input measures the reading of a step's windows in place of the step, --kept the memory that a step's forward
+pass keeps for its backward pass, and --kernels counts what torch.compile makes of both. --decode measures
+generating text, with --textbook beside a loop that recomputes the whole text for each token, with --shard
+over the processes of one tensor-parallel group.
 --json=FILE keeps the numbers of any of these, unrounded.
 """
 
@@ -68,6 +70,7 @@ def parse_args(argv):
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results there')
     parser.add_argument('--input', action='store_true', help='measure the reading of windows instead')
     parser.add_argument('--kept', action='store_true', help='measure what a forward pass keeps instead')
+    parser.add_argument('--kernels', action='store_true', help='count generated kernels and their bytes')
     parser.add_argument('--shard', action='store_true', help='one tensor-parallel rank per process')
     add_text_arguments(parser, 'measure generating text instead')
     parser.add_argument('--gbit', type=float, help='sharded: predict for a link of this rate, too')
@@ -84,10 +87,10 @@ def parse_args(argv):
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         fail(f'--json is {args.json}, it must be a file in a folder that exists')
     check_text_arguments(args)
-    unsharded = [name for name in ('textbook', 'profile', 'input', 'kept') if getattr(args, name)]
+    unsharded = [name for name in ('textbook', 'profile', 'input', 'kept', 'kernels') if getattr(args, name)]
     if args.shard and unsharded:
         fail(f'--{unsharded[0]} is for one process; leave out --shard')
-    measurements = [f'--{name}' for name in ('input', 'kept', 'decode') if getattr(args, name)]
+    measurements = [f'--{name}' for name in ('input', 'kept', 'kernels', 'decode') if getattr(args, name)]
     if len(measurements) > 1:
         fail(f'{" and ".join(measurements)} are two measurements; choose one')
     return args, flags
@@ -105,9 +108,10 @@ from data.corpus import Tokens
 from data.dataloader import TrainLoader
 from speed.candidates import Candidate, interval, print_results, result, take_turns
 from speed.decode import bench_decode
+from speed.kernels import bench_kernels
 from speed.memory import bench_kept
 from speed.sharded import bench_sharded
-from train import autocast
+from training.compiling import autocast
 from training.distributed import find_world, keep_freed_memory
 from training.rundir import write_json
 from variants import gpt_config
@@ -231,6 +235,8 @@ def main(argv):
         report = bench_input(configs[0], args)
     elif args.kept:
         report = bench_kept(configs, args)
+    elif args.kernels:
+        report = bench_kernels(configs, args)
     elif args.decode:
         report = bench_decode(configs, args)
     else:

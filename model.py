@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import get_total_norm
+from torch.utils.checkpoint import checkpoint
 
 # communication: the residual stream crosses ranks in f_op and g_op, and nowhere else
 
@@ -152,7 +152,7 @@ def enter_stream(p, tp):
     Use p, a replicated parameter or a function of some, in c.
 
     In c, or after the last sync, each process has its whole gradient; after an f_op (LayerNorms, a bias in u)
-    a process has its rank's part. sum_replicated_gradients() sums over ranks, so the first is divided by R.
+    a process has its rank's part. training/optimizer.py sums over ranks, so the first is divided by R.
     """
     return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
@@ -396,6 +396,15 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(hidden, approximate=self.approximate))
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, u):
+        """u replicated (B, T, C) or drifted (L, B, T, C) -> the same shape"""
+        if not torch.compiler.is_compiling():
+            return super().forward(u)
+        # backward normalizes u again: fewer passes over memory than writing and reading a float32 copy
+        return checkpoint(super().forward, u, use_reentrant=False)
+
+
 BLOCKS = {}  # block type -> class; each subclass of Block adds itself
 checks = []  # of variants.py: each raises ValueError if a GPTConfig's blocks do not go together
 
@@ -409,9 +418,9 @@ class Block(nn.Module):
     def __init__(self, config, tp, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config, tp)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config, tp)
 
 
@@ -501,16 +510,6 @@ def take_shard(name, full, tp):
     dim, parts = sharding(name)
     by_rank = full.unflatten(dim, (parts, tp.size, -1))
     return by_rank.select(dim + 1, tp.rank).flatten(dim, dim + 1).contiguous()  # fused AdamW needs it
-
-
-def join_shards(name, shard, tp):
-    """All-gather of the slices into the dense tensor. Collective."""
-    if sharding(name) is None or tp.simulated:
-        return shard
-    dim, parts = sharding(name)
-    shards = [torch.empty_like(shard) for _ in range(tp.size)]
-    dist.all_gather(shards, shard.contiguous(), group=tp.group)
-    return torch.stack([s.unflatten(dim, (parts, -1)) for s in shards], dim + 1).flatten(dim, dim + 2)
 
 
 def vocab_parallel_cross_entropy(x, weight, targets, tp):
@@ -620,29 +619,6 @@ class GPT(nn.Module):
             mine.requires_grad_(p.requires_grad)  # frozen if no block uses it
         return sharded
 
-    def sum_replicated_gradients(self):
-        """Sum replicated parameters' gradients over the ranks, in one flat all-reduce."""
-        if not self.tp.simulated:
-            grads = [p.grad for name, p in self.named_parameters()
-                     if sharding(name) is None and p.grad is not None]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat, group=self.tp.group)
-            parts = flat.split([grad.numel() for grad in grads])
-            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
-
-    def gradient_norm(self):
-        """The norm of the dense network's gradient, once the replicated ones are summed. A 0-dim tensor."""
-        sharded, replicated = [], []
-        for name, p in self.named_parameters():
-            if p.grad is not None:
-                (replicated if sharding(name) is None else sharded).append(p.grad)
-        norms = torch.stack((get_total_norm(sharded), get_total_norm(replicated)))
-        if self.tp.simulated:
-            return norms.norm()
-        squares = norms.square()
-        dist.all_reduce(squares[:1], group=self.tp.group)
-        return squares.sum().sqrt()
-
     def load_dense(self, state):
         """Load a dense state_dict; a sharded process takes its slices."""
         self.load_state_dict({name: take_shard(name, full, self.tp) for name, full in state.items()})
@@ -676,13 +652,6 @@ class GPT(nn.Module):
             idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), dim=1)
         self.train(training)
         return idx
-
-    def configure_optimizers(self, weight_decay, learning_rate, betas):
-        """AdamW. Matrices and embeddings decay; biases and LayerNorms do not."""
-        params = list(self.parameters())
-        groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-                  dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def num_params(self):
         """Parameter count; the tied embedding counts once."""

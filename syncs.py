@@ -102,8 +102,8 @@ from analysis.figures import REPORT, settings, write_figure
 from data.corpus import open_corpus
 from data.dataloader import val_batches
 from model import BLOCKS, GPT, count_all_reduces
-from train import autocast
 from training import layout
+from training.compiling import autocast
 from training.distributed import find_world
 from training.pretrained import initial_weights
 from training.rundir import write_json

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from functools import partial
 
 from configurator import begin_program, blocks_after, fail, load, model_vocab_size, pattern, stages
 
@@ -26,16 +25,17 @@ if __name__ == '__main__':
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from data.corpus import open_corpus
 from data.dataloader import TrainLoader, val_batches
 from model import GPT, count_all_reduces
 from training.checkpoint import Writer, fresh_or_resumed
+from training.compiling import autocast, compiled, recompute
 from training.diagnostics import diagnose
 from training.distill import find_teacher, with_teacher
 from training.distributed import Report, all_reduce_sum, find_world, joined, on_rank0, require_agreement
 from training.logger import Log, counts, describe, introduction
+from training.optimizer import adamw, gradient_norm, sum_replicated_gradients
 from training.pretrained import initial_weights
 from training.rundir import claim, git_commit
 from variants import gpt_config
@@ -132,8 +132,7 @@ class Network:
     def __init__(self, raw_model, config, teacher=None):
         self.raw_model, self.teacher = raw_model, teacher
         self.model = self.ddp_model = with_teacher(raw_model, teacher, config)
-        self.optimizer = raw_model.configure_optimizers(
-            config.weight_decay, config.learning_rate, (config.beta1, config.beta2))
+        self.optimizer = adamw(raw_model, config)
         device = raw_model.lm_head.weight.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=config.dtype == 'float16')
 
@@ -162,70 +161,6 @@ class Network:
             # not static_graph: after no_sync() it averages nothing (pytorch/pytorch#143580, #187732)
             self.ddp_model = DistributedDataParallel(
                 self.model, process_group=world.ddp_group, gradient_as_bucket_view=True)
-
-
-def recompute(model, layers):
-    """
-    Keep of the model's first layers only what they read; backward computes the rest again.
-
-    Sharded, that repeats all-reduces, without dropout one of a tp layer's two and none of an spd layer's. A
-    run's counts leave them out.
-    """
-    for block in model.transformer.h[:layers]:
-        block.forward = partial(checkpoint, partial(type(block).forward, block), use_reentrant=False)
-
-
-def autocast(config, world):
-    dtype = getattr(torch, config.dtype)
-    return torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-
-
-def compiled(model, micro_batch, config, world, say):
-    """
-    The model under torch.compile, if it gives the loss and gradient norm of a micro-batch that it gives
-    eagerly, to 0.1% in float32 and 10% in 16 bits. Else the model itself, with a warning.
-    """
-    tokens = torch.randint(model.config.vocab_size, (2, micro_batch, config.block_size),
-                           generator=torch.Generator().manual_seed(0)).to(world.device)
-    reason = None
-    model.train(not config.dropout)  # compiled code draws other dropout masks: compared without
-    try:
-        compiled_model = torch.compile(model)
-        eager = loss_and_norm(model, model, *tokens, 1, config, world)  # by single windows, to save memory
-        found = loss_and_norm(model, compiled_model, *tokens, micro_batch, config, world)
-        near = 1e-3 if config.dtype == 'float32' else 0.1
-        # atol: a student equal to its teacher has loss 0, and a gradient of rounding errors
-        if not torch.allclose(found, eager, rtol=near, atol=near / 10):
-            reason = f'loss and gradient norm are {found.tolist()}, {eager.tolist()} eagerly'
-        if config.dropout:  # does it compile for training at all
-            loss_and_norm(model.train(), compiled_model, *tokens, micro_batch, config, world)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways, and eager training needs none of them
-        reason = f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
-    model.train().zero_grad(set_to_none=True)
-    failures = all_reduce_sum(torch.tensor(float(reason is not None), device=world.device), world)
-    if failures.item() == 0:
-        return compiled_model
-    say(f'warning: torch.compile failed, training runs eagerly ({reason or "on another process"})')
-    return model
-
-
-def loss_and_norm(model, candidate, x, y, windows, config, world):
-    """
-    x, y (B, T) -> a tensor (2,): the mean loss by `candidate`, which is the model or the model compiled, a
-    number of windows at a time, and the norm of its gradient. If sharded, replicated parameters' gradients
-    are still each rank's own here.
-    """
-    total = torch.zeros((), device=world.device)
-    for part_x, part_y in zip(x.split(windows), y.split(windows), strict=True):
-        with autocast(config, world):
-            loss = candidate(part_x, part_y)[1] * len(part_x) / len(x)
-        loss.backward()
-        total += loss.detach()
-    norm = model.gradient_norm()
-    model.zero_grad(set_to_none=True)
-    return torch.stack((total, norm))
 
 
 # a step and an evaluation
@@ -259,8 +194,8 @@ def train_step(net, batches, lr, config, world, stopping=False):
             net.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     net.scaler.unscale_(net.optimizer)  # does nothing but for float16, which is refused if sharded
-    net.raw_model.sum_replicated_gradients()
-    norm = net.raw_model.gradient_norm()
+    sum_replicated_gradients(net.raw_model)
+    norm = gradient_norm(net.raw_model)
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(net.raw_model.parameters(), config.grad_clip, norm)
     summed = all_reduce_sum(torch.stack((loss, loss.new_full((), float(stopping)))), world)

@@ -4,12 +4,11 @@ bench.py --kept: the memory that a step's forward pass keeps for its backward pa
 
 import torch
 import torch._dynamo
-
 from torch.utils._pytree import tree_leaves
 
 from model import GPT
 from speed.candidates import case
-from train import autocast, recompute
+from training.compiling import autocast, recompute
 from training.distributed import find_world
 from variants import gpt_config
 

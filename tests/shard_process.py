@@ -24,10 +24,10 @@ import torch.multiprocessing as mp  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
 
 from configurator import COMMUNICATIONS, ROOT, RUNS, load  # noqa: E402
-from model import GPT, Block, join_shards  # noqa: E402
+from model import GPT, Block  # noqa: E402
 from speed.costmodel import by_kind, design_messages, observe_step  # noqa: E402
 from train import Network, freeze_untrained, observe_all_reduces, train_step  # noqa: E402
-from training.checkpoint import dense_state, load_dense_state  # noqa: E402
+from training.checkpoint import dense_state, join_shards, load_dense_state  # noqa: E402
 from training.distill import find_teacher  # noqa: E402
 from training.distributed import World, connect, find_world  # noqa: E402
 from variants import gpt_config  # noqa: E402

@@ -9,6 +9,7 @@ are small, and B, T, tp_size and the widths differ from one another, so that no 
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as gpt
 from model import GPT, Block, GPTConfig, ParallelBlock, SPDBlock, TPBlock, count_all_reduces
 from reference import reference_gpt, reference_loss
+from training.optimizer import adamw
 
 B, T, V = 5, 7, 29
 SMALL = dict(block_size=8, vocab_size=V, n_head=12, n_embd=36)
@@ -327,7 +329,8 @@ def test_size_and_flops_at_full_size():
 
 def test_weight_decay_is_for_matrices_and_each_parameter_is_optimized_once():
     model = build(MIXED, 2, bias=True)
-    optimizer = model.configure_optimizers(0.1, 3e-4, (0.9, 0.95))
+    config = SimpleNamespace(weight_decay=0.1, learning_rate=3e-4, beta1=0.9, beta2=0.95)
+    optimizer = adamw(model, config)
     assert isinstance(optimizer, torch.optim.AdamW)
     seen = [id(p) for group in optimizer.param_groups for p in group['params']]
     assert len(seen) == len(set(seen)) and set(seen) == {id(p) for p in model.parameters()}

@@ -25,12 +25,14 @@ import torch.multiprocessing as mp  # noqa: E402
 
 import model as gpt  # noqa: E402
 from configurator import ROOT, load  # noqa: E402
-from model import GPT, GPTConfig, TPGroup, count_all_reduces, join_shards  # noqa: E402
+from model import GPT, GPTConfig, TPGroup, count_all_reduces  # noqa: E402
 from reference import reference_loss  # noqa: E402
 from reference_rivals import reference_rivals  # noqa: E402
 from speed.costmodel import Link, design_messages, predict  # noqa: E402
 from train import observe_all_reduces  # noqa: E402
+from training.checkpoint import join_shards  # noqa: E402
 from training.logger import summary  # noqa: E402
+from training.optimizer import sum_replicated_gradients  # noqa: E402
 from variants import gpt_config  # noqa: E402
 
 B, T, C, V = 2, 5, 24, 29
@@ -381,7 +383,7 @@ def shard_and_compare(rank, address):
             with count_all_reduces() as observed:
                 loss = model(*batch())[1]
                 loss.backward()
-            model.sum_replicated_gradients()
+            sum_replicated_gradients(model)
             found.append(({'loss': loss.detach()}, sorted(observed)))
             found[-1][0].update((name, join_shards(name, p.grad, model.tp))
                                 for name, p in model.named_parameters() if p.grad is not None)

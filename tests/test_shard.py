@@ -21,7 +21,7 @@ import torch.distributed as dist
 from configurator import ROOT, load
 from model import GPT, GPTConfig, TPGroup
 from toy_runs import ALONE
-from train import compiled
+from training.compiling import compiled
 from training.distributed import find_world, lay_out
 
 SMALL = ['config/train_gpt2_8comm.py', 'config/cpu.py', '--n_layer=4', '--max_iters=8', '--eval_interval=4',

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from configurator import SHAPE, complete, differences
-from model import join_shards, take_shard
+from model import sharding, take_shard
 from training.distributed import broadcast, broadcast_state, on_rank0
 from training.logger import finite
 from training.rundir import LATEST, atomic_write, write_json
@@ -149,6 +150,16 @@ def load_latest(out_dir, warn):
 
 
 # what is in them
+
+
+def join_shards(name, shard, tp):
+    """All-gather of the slices into the dense tensor. Collective."""
+    if sharding(name) is None or tp.simulated:
+        return shard
+    dim, parts = sharding(name)
+    shards = [torch.empty_like(shard) for _ in range(tp.size)]
+    dist.all_gather(shards, shard.contiguous(), group=tp.group)
+    return torch.stack([s.unflatten(dim, (parts, -1)) for s in shards], dim + 1).flatten(dim, dim + 2)
 
 
 def optimized_names(net):
