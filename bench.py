@@ -5,16 +5,17 @@ How fast a training step is, config by config: as ratios to the dense control, o
     python bench.py config/train_gpt2_12comm.py config/train_gpt2_2comm.py --rounds=50 --textbook
     torchrun --standalone --nproc_per_node=8 bench.py --shard --tp_size=2
     torchrun --standalone --nproc_per_node=2 bench.py --shard --decode --prompt=1024 --new=128 --batch=1
-    python bench.py --micro_steps=5 --batch_size=48
+    python bench.py --micro_steps=5 --largest
     python bench.py --input --device=cpu
     python bench.py --kept --device=cpu --batch_size=12 --block_size=1024
     python bench.py --kernels --with config/cpu.py --n_embd=256 --batch_size=4 --block_size=512
 
 A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens per replica, or
-with --micro_steps=N on N of them, which are read from a file as a run reads them (the recipe's step). The
-configs take turns within each round, so that whatever else the machine does affects all of them.
-Ratios are to the first config if it is a dense control, else to config/train_gpt2.py. With --block_types,
-rows are named after their blocks, and equal ones are measured once.
+with --micro_steps=N on N of them, which are read from a file as a run reads them (the recipe's step), and
+with --largest on as many windows as fit the GPU's memory. The configs take turns within each round, so that
+whatever else the machine does affects all of them. Ratios are to the first config if it is a dense control,
+else to config/train_gpt2.py. With --block_types, rows are named after their blocks, and equal ones are
+measured once.
 
 With --shard each process holds one tensor-parallel rank, and ratios are to TP blocks alone (24comm), since
 such a run has no dense control. Every config's step is measured with its network and without: alone, a
@@ -30,11 +31,13 @@ over the processes of one tensor-parallel group.
 """
 
 import argparse
+import gc
 import os
 import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from configurator import (
@@ -65,6 +68,8 @@ def parse_args(argv):
                         help="of the model; default: GPT-2's")
     parser.add_argument('--micro_steps', type=int, metavar='N',
                         help="a run's step: N micro-batches, which are read from a file, and one update")
+    parser.add_argument('--largest', action='store_true',
+                        help='in place of batch_size, the most windows that fit the GPU')
     parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
     parser.add_argument('--profile', type=Path, metavar='FOLDER', help='write profiles of the steps there')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results there')
@@ -87,7 +92,8 @@ def parse_args(argv):
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         fail(f'--json is {args.json}, it must be a file in a folder that exists')
     check_text_arguments(args)
-    unsharded = [name for name in ('textbook', 'profile', 'input', 'kept', 'kernels') if getattr(args, name)]
+    unsharded = [name for name in ('largest', 'textbook', 'profile', 'input', 'kept', 'kernels')
+                 if getattr(args, name)]
     if args.shard and unsharded:
         fail(f'--{unsharded[0]} is for one process; leave out --shard')
     measurements = [f'--{name}' for name in ('input', 'kept', 'kernels', 'decode') if getattr(args, name)]
@@ -159,14 +165,52 @@ def write_profile(candidate, folder):
     profile.export_chrome_trace(str(folder / f'{candidate.name}.json.gz'))
 
 
+def peak_memory(build, windows):
+    """Bytes at the peak of the last candidate's step, all others resident; None if they do not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        build(windows)
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated()
+
+
+def largest_batch(peak, windows, total):
+    """
+    The most windows of a micro-batch for which peak(windows) is not None. It begins with `windows`.
+
+    Memory grows linearly, so two measurements say how many fit in `total`; fragments make it a few less.
+    """
+    taken = peak(windows)
+    if taken is None:
+        fail(f'batch_size={windows} does not fit; --largest needs one that does to begin with')
+    more = peak(2 * windows)
+    most = 2 * windows if more is None else int(windows * (1 + (total - taken) / (more - taken)))
+    while most > windows and peak(most) is None:
+        most -= max(1, most // 16)
+    return max(most, windows)
+
+
 def bench_simulated(configs, args):
     """Print what the configs' steps took, the dense control's first. Returns result() of each."""
     world = find_world(configs[0])
     if world.processes > 1:
         fail(f'{world.processes} processes, of which only one would be measured; add --shard')
-    candidates = [Candidate(config, world, args.vocab_size, args.micro_steps) for config in configs]
-    if args.textbook:
-        candidates.append(Textbook(configs[0], world, args.vocab_size, args.micro_steps))
+    kinds = [Candidate] * len(configs) + [Textbook] * args.textbook
+
+    def build(windows):
+        for config in configs:
+            config.batch_size = windows
+        return [kind(config, world, args.vocab_size, args.micro_steps)
+                for kind, config in zip(kinds, [*configs, configs[0]])]
+
+    windows = configs[0].batch_size
+    if args.largest:
+        if world.device.type != 'cuda':
+            fail(f'--largest is about the memory of a GPU, device is {world.device}')
+        windows = largest_batch(partial(peak_memory, build), windows, torch.cuda.mem_get_info()[1])
+    candidates = build(windows)
     take_turns(candidates, args.rounds)
     if args.profile:
         for candidate in candidates:

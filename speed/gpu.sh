@@ -13,11 +13,11 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 out=${OUT:-out/gpu}
 rounds=25
-size=() largest=(128 96 64 48)
+size=() largest=(--largest)
 runs=(--with config/gpu.py --n_embd=192,384,768 --seed="${SEEDS:-1,2,3}" --jobs 4)
 if [ -n "${SMALL:-}" ]; then
     out=${OUT:-out/gpu-small} rounds=6
-    size=(--with config/cpu.py --n_embd=32 --batch_size=4 --vocab_size=512) largest=(6)
+    size=(--with config/cpu.py --n_embd=32 --batch_size=4 --vocab_size=512) largest=(--batch_size=6)
     runs=(--with config/gpu.py --with config/cpu.py --n_embd=16,32,64 --seed="${SEEDS:-1}" --jobs 2
           --eval_tokens=8192 --eval_train_tokens=8192 --eval_interval=10 --max_iters=20 --warmup_iters=5)
 fi
@@ -37,10 +37,7 @@ measure() {
 measure 124M --textbook "${size[@]}"
 # the recipe's step, five micro-batches; then as many windows in one as fit
 measure 124M-recipe config/train_gpt2_12comm.py "${size[@]}" --micro_steps=5
-for windows in "${largest[@]}"; do
-    measure 124M-largest config/train_gpt2_12comm.py "${size[@]}" --batch_size=$windows --micro_steps=5 && break
-    echo "$windows windows do not fit"
-done
+measure 124M-largest config/train_gpt2_12comm.py "${size[@]}" "${largest[@]}" --micro_steps=5
 measure 124M-tp4 config/train_gpt2_{24,12,2}comm.py "${size[@]}" --tp_size=4
 measure 350M config/train_350M.py config/train_350M_24comm.py config/train_350M_2comm.py "${size[@]}"
 measure 774M config/train_774M.py config/train_774M_36comm.py config/train_774M_2comm.py "${size[@]}"

@@ -124,6 +124,31 @@ def test_what_a_step_keeps_grows_by_the_same_with_every_window(tmp_path, recompu
     assert dense['float32_logits'] == drifted['float32_logits'] == 1  # eagerly, they are kept
 
 
+def test_the_matmuls_of_a_step_are_library_kernels_and_drifted_streams_move_more_bytes(tmp_path):
+    bench.main(['config/train_gpt2_2comm.py', '--kernels', *TINY, '--tp_size=4', '--n_head=4', '--n_layer=2',
+                '--block_types=parallel', f'--json={tmp_path}/report'])
+    dense, drifted = json.loads((tmp_path / 'report').read_text())
+    for row in dense, drifted:
+        # a layer: four matmuls and attention; the head; backward two matmuls for each
+        assert (row['forward_library'], row['backward_library']) == (2 * 5 + 1, 2 * 9 + 2)
+        assert row['forward_generated'] > 2 and row['backward_generated'] > 2
+    assert drifted['mib'] > dense['mib'] and drifted['ratio'] > dense['ratio'] == 1
+
+
+@pytest.mark.parametrize('a_window, fits, found', [(1.0, 95, 94), (3.0, 30, 30), (30.0, 3, 3), (60.0, 2, 2)])
+def test_the_largest_micro_batch_is_found_from_two(a_window, fits, found):
+    tried = []
+
+    def peak(windows):
+        tried.append(windows)
+        return 5 + a_window * windows if windows <= fits else None
+
+    assert bench.largest_batch(peak, 2, total=105) == found <= fits
+    assert len(tried) <= 5
+    with pytest.raises(SystemExit, match='batch_size=64 does not fit'):
+        bench.largest_batch(lambda windows: None, 64, total=105)
+
+
 def test_the_control_is_dense_whatever_is_composed_after_it(tmp_path):
     other = tmp_path / 'other.py'
     other.write_text("block_types = 'spd'\ntp_size = 4")
