@@ -84,17 +84,24 @@ class Tuning:
         """
         The values to run next, so that the best lies inside the grid; none if it does, or was not chosen.
 
-        The grid goes on by the factor between its last two values, 2 if there is one value.
+        The grid goes on by the factor between its last two values, 2 if there is one value. A value that some
+        tuning seeds have not run bounds it too, if it is worse than the best on all that have.
         """
         if not self.means or self.best <= 0:
             return []
-        grid = sorted(self.means.keys() | self.diverged)
+        worse = {value for value, own in self.runs.items() if self.is_worse(own)}
+        grid = sorted(self.means.keys() | self.diverged | worse)
         place, found = grid.index(self.best), []
         if place == 0:
             found.append(self.best / (grid[1] / grid[0] if len(grid) > 1 else 2))
         if place == len(grid) - 1:
             found.append(self.best * (grid[-1] / grid[-2] if len(grid) > 1 else 2))
         return [float(f'{value:.12g}') for value in found]
+
+    def is_worse(self, own):
+        """Whether {seed: Run} of a value has a higher loss than the best value on each tuning seed it has."""
+        shared = own.keys() & set(self.tuned.tuning_seeds)
+        return bool(shared) and all(own[seed].loss > self.runs[self.best][seed].loss for seed in shared)
 
     def sensitivity(self, values):
         """The mean excess of the loss over that of the best value, over these values; None if one lacks."""

@@ -185,6 +185,15 @@ def test_the_best_at_the_edge_of_its_grid_names_the_rate_to_run_next(tmp_path):
     assert [row.tuning.missing for row in rows] == [[], []]
 
 
+@pytest.mark.parametrize('excess, missing', [(0.03, []), (-0.03, [8e-3])])
+def test_a_value_that_one_tuning_seed_has_tried_bounds_the_grid_if_it_is_worse(tmp_path, excess, missing):
+    write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
+    write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)
+    at_best = 1.95 + 2 / 10 + 0.002  # write_grid()'s of seed 2
+    write_run(tmp_path, 'one', {2: at_best + excess}, NETS[12], 2, learning_rate=8e-3, min_lr=8e-4)
+    assert tuned_under(tmp_path).rows[1].tuning.missing == missing
+
+
 def test_before_any_other_seed_has_finished_the_tuning_seeds_are_shown_as_preliminary(tmp_path, no_plots):
     for rate in (1e-3, 2e-3):
         write_run(tmp_path, f'dense-{rate}', {1: 2.0 + rate, 2: 2.1 + rate}, NETS[24], 1, learning_rate=rate,
