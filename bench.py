@@ -167,6 +167,7 @@ def write_profile(candidate, folder):
 
 def peak_memory(build, windows):
     """Bytes at the peak of the last candidate's step, all others resident; None if they do not fit."""
+    torch._dynamo.reset()  # compiled code keeps its model alive
     gc.collect()
     torch.cuda.empty_cache()
     try:
