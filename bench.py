@@ -12,10 +12,10 @@ How fast a training step is, config by config: as ratios to the dense control, o
 
 A step is train.py's own: forward, backward, clip, AdamW, on one micro-batch of random tokens per replica, or
 with --micro_steps=N on N of them, which are read from a file as a run reads them (the recipe's step), and
-with --largest on as many windows as fit the GPU's memory. The configs take turns within each round, so that
-whatever else the machine does affects all of them. Ratios are to the first config if it is a dense control,
-else to config/train_gpt2.py. With --block_types, rows are named after their blocks, and equal ones are
-measured once.
+with --largest on about as many windows as fit the GPU beside all these models. The configs take turns within
+each round, so that whatever else the machine does affects all of them. Ratios are to the first config if it
+is a dense control, else to config/train_gpt2.py. With --block_types, rows are named after their blocks, and
+equal ones are measured once.
 
 With --shard each process holds one tensor-parallel rank, and ratios are to TP blocks alone (24comm), since
 such a run has no dense control. Every config's step is measured with its network and without: alone, a
@@ -24,7 +24,7 @@ peers. A sweep of all-reduces measures the links, and the cost model's predictio
 measured.
 
 --input measures the reading of a step's windows in place of the step, --kept the memory that a step's forward
-pass keeps for its backward pass, and --kernels counts what torch.compile makes of both. --decode measures
+pass keeps for its backward pass, and --kernels counts what torch.compile makes of the two. --decode measures
 generating text, with --textbook beside a loop that recomputes the whole text for each token, with --shard
 over the processes of one tensor-parallel group.
 --json=FILE keeps the numbers of any of these, unrounded.
@@ -69,7 +69,7 @@ def parse_args(argv):
     parser.add_argument('--micro_steps', type=int, metavar='N',
                         help="a run's step: N micro-batches, which are read from a file, and one update")
     parser.add_argument('--largest', action='store_true',
-                        help='in place of batch_size, the most windows that fit the GPU')
+                        help='in place of batch_size, about as many windows as fit the GPU beside the models')
     parser.add_argument('--textbook', action='store_true', help='measure a plain textbook step as well')
     parser.add_argument('--profile', type=Path, metavar='FOLDER', help='write profiles of the steps there')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results there')
@@ -97,6 +97,8 @@ def parse_args(argv):
     if args.shard and unsharded:
         fail(f'--{unsharded[0]} is for one process; leave out --shard')
     measurements = [f'--{name}' for name in ('input', 'kept', 'kernels', 'decode') if getattr(args, name)]
+    if args.largest and measurements:
+        fail(f'--largest is for measuring steps, not for {measurements[0]}')
     if len(measurements) > 1:
         fail(f'{" and ".join(measurements)} are two measurements; choose one')
     return args, flags
@@ -166,12 +168,12 @@ def write_profile(candidate, folder):
 
 
 def peak_memory(build, windows):
-    """Bytes at the peak of the last candidate's step, all others resident; None if they do not fit."""
-    torch._dynamo.reset()  # compiled code keeps its model alive
-    gc.collect()
-    torch.cuda.empty_cache()
+    """Bytes at the peak of a step of each candidate, all others resident; None if they do not fit."""
     try:
-        build(windows)
+        candidates = build(windows)
+        torch.cuda.reset_peak_memory_stats()
+        for candidate in candidates:
+            candidate.step()
     except torch.OutOfMemoryError:
         return None
     return torch.cuda.max_memory_allocated()
@@ -179,15 +181,19 @@ def peak_memory(build, windows):
 
 def largest_batch(peak, windows, total):
     """
-    The most windows of a micro-batch for which peak(windows) is not None. It begins with `windows`.
+    About the most windows of a micro-batch for which peak(windows) is not None. It begins with `windows`.
 
-    Memory grows linearly, so two measurements say how many fit in `total`; fragments make it a few less.
+    Memory grows linearly, so two measurements say how many fit in `total`; for fragments it takes off a
+    sixteenth at a time.
     """
     taken = peak(windows)
     if taken is None:
         fail(f'batch_size={windows} does not fit; --largest needs one that does to begin with')
     more = peak(2 * windows)
-    most = 2 * windows if more is None else int(windows * (1 + (total - taken) / (more - taken)))
+    if more is None:
+        most = 2 * windows - 1
+    else:
+        most = int(windows * (1 + (total - taken) / max(1, more - taken)))
     while most > windows and peak(most) is None:
         most -= max(1, most // 16)
     return max(most, windows)
@@ -198,13 +204,16 @@ def bench_simulated(configs, args):
     world = find_world(configs[0])
     if world.processes > 1:
         fail(f'{world.processes} processes, of which only one would be measured; add --shard')
-    kinds = [Candidate] * len(configs) + [Textbook] * args.textbook
+    kinds = [(Candidate, config) for config in configs] + [(Textbook, configs[0])] * args.textbook
 
     def build(windows):
+        torch._dynamo.reset()  # compiled code keeps its model alive
+        gc.collect()
+        if world.device.type == 'cuda':
+            torch.cuda.empty_cache()
         for config in configs:
             config.batch_size = windows
-        return [kind(config, world, args.vocab_size, args.micro_steps)
-                for kind, config in zip(kinds, [*configs, configs[0]])]
+        return [kind(config, world, args.vocab_size, args.micro_steps) for kind, config in kinds]
 
     windows = configs[0].batch_size
     if args.largest:

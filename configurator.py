@@ -35,6 +35,7 @@ COMMUNICATIONS = {'tp': 2, 'spd': 1, 'parallel': 0, 'attn_spd': 1, 'palm': 1, 'f
                   'ladder': 2, 'dtp': 2, 'caat': 2}
 CARRYING = ['fal', 'stale', 'ladder']  # each hands something of its own from layer to layer
 SUM_ONLY = ['fal', 'stale', 'ladder', 'dtp', 'caat']  # what they exchange is merged by the sum alone
+HIDING = {'ladder', 'dtp'}  # their all-reduces are under way while the next layer computes
 # the keys that an experiment varies; the rest of a config is the recipe
 VARIED = {'seed', 'block_types', 'block_types_at', 'tp_size', 'merge', 'dtp_delay', 'caat_share',
           'embed_scale', 'perturb'}

@@ -444,6 +444,10 @@ def tuning(found):
         own = [f'{row.title} at {row.tuning.best:g}' for row in found.rows
                if row.tuning and row.tuning.compared is compared]
         lines += [start + '; '.join(own)] if own else []
+    short = [f'{row.title}, {value:g} on {", ".join(map(str, seeds))}' for row in found.rows if row.tuning
+             for value, seeds in sorted(row.tuning.worse.items())]
+    if short:
+        lines.append('bounded by a worse value that not every tuning seed has run: ' + '; '.join(short))
     edges = [(row, value) for row in found.rows if row.tuning for value in row.tuning.missing]
     if edges:
         lines.insert(0, 'at the edge of its grid, so a better value may lie beyond: ' + '; '.join(

@@ -89,8 +89,7 @@ class Tuning:
         """
         if not self.means or self.best <= 0:
             return []
-        worse = {value for value, own in self.runs.items() if self.is_worse(own)}
-        grid = sorted(self.means.keys() | self.diverged | worse)
+        grid = sorted(self.means.keys() | self.diverged | self.worse.keys())
         place, found = grid.index(self.best), []
         if place == 0:
             found.append(self.best / (grid[1] / grid[0] if len(grid) > 1 else 2))
@@ -98,10 +97,16 @@ class Tuning:
             found.append(self.best * (grid[-1] / grid[-2] if len(grid) > 1 else 2))
         return [float(f'{value:.12g}') for value in found]
 
-    def is_worse(self, own):
-        """Whether {seed: Run} of a value has a higher loss than the best value on each tuning seed it has."""
-        shared = own.keys() & set(self.tuned.tuning_seeds)
-        return bool(shared) and all(own[seed].loss > self.runs[self.best][seed].loss for seed in shared)
+    @property
+    def worse(self):
+        """{value: its tuning seeds} if it lacks some, and is worse than the best value on those it has."""
+        found = {}
+        for value in self.runs.keys() - self.means.keys() if self.means else ():
+            own, best = self.runs[value], self.runs[self.best]
+            seeds = [seed for seed in self.tuned.tuning_seeds if seed in own]
+            if seeds and all(own[seed].loss > best[seed].loss for seed in seeds):
+                found[value] = seeds
+        return found
 
     def sensitivity(self, values):
         """The mean excess of the loss over that of the best value, over these values; None if one lacks."""

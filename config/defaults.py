@@ -71,6 +71,6 @@ backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nc
 device: str = 'cuda'  # cpu, cuda, cuda:1, mps ...
 dtype: Literal['float32', 'bfloat16', 'float16'] = 'bfloat16'  # of matrix products; weights are float32
 compile: bool = True  # use torch.compile
-recompute_layers: int = 0  # the first layers, whose activations backward computes again: less memory, slower
+recompute_layers: int = 0  # activation checkpointing of the first layers: less memory, slower
 shard: bool = False  # one tensor-parallel rank per process, with real all-reduces
 tp_across_nodes: bool = False  # sharded: each rank of a group on a node of its own; False: side by side

@@ -41,8 +41,8 @@ measure 124M-largest config/train_gpt2_12comm.py "${size[@]}" "${largest[@]}" --
 measure 124M-tp4 config/train_gpt2_{24,12,2}comm.py "${size[@]}" --tp_size=4
 measure 350M config/train_350M.py config/train_350M_24comm.py config/train_350M_2comm.py "${size[@]}"
 measure 774M config/train_774M.py config/train_774M_36comm.py config/train_774M_2comm.py "${size[@]}"
-measure 774M-tp4 config/train_774M_2comm.py "${size[@]}" --tp_size=4
-measure 774M-recomputed config/train_774M_2comm.py "${size[@]}" --tp_size=4 --recompute_layers=36
+measure 774M-tp4 config/train_774M.py config/train_774M_2comm.py "${size[@]}" --tp_size=4
+measure 774M-recomputed config/train_774M.py config/train_774M_2comm.py "${size[@]}" --tp_size=4 --recompute_layers=36
 measure 124M-decode --decode --textbook "${size[@]}"
 [ -n "${SPEED:-}" ] && exit
 

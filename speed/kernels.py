@@ -1,5 +1,5 @@
 """
-bench.py --kernels: the kernels that torch.compile generates for a step, and the bytes they read and write.
+bench.py --kernels: the kernels that torch.compile generates for a micro-batch, and the bytes they move.
 
 They are counted once operations are fused, then thrown away: nothing is compiled to machine code.
 """
@@ -45,7 +45,8 @@ def fused_kernels(model, windows, config, world):
 
     torch._dynamo.reset()
     recompute(model, config.recompute_layers)
-    network = torch.compile(model, backend=lambda *graph: compile_fx(*graph, inner_compile=lower))
+    network = torch.compile(
+        model, fullgraph=True, backend=lambda *graph: compile_fx(*graph, inner_compile=lower))
     idx = torch.zeros(windows, config.block_size, dtype=torch.long, device=world.device)
     with (torch._inductor.config.patch(_post_fusion_custom_pass=count, fx_graph_cache=False),
           torch._functorch.config.patch(enable_autograd_cache=False)):
@@ -59,7 +60,8 @@ def measure(config, vocab_size, world):
     """A config's row of bench_kernels."""
     model = GPT(gpt_config(vars(config), vocab_size)).to(world.device)
     row, mib = dict(name=config.wandb_run_name, tp_size=config.tp_size), 0
-    for way, kernels in zip(('forward', 'backward'), fused_kernels(model, config.batch_size, config, world)):
+    for way, kernels in zip(
+            ('forward', 'backward'), fused_kernels(model, config.batch_size, config, world), strict=True):
         for generated, kind in (True, 'generated'), (False, 'library'):
             sizes = [size for is_generated, size in kernels if is_generated == generated]
             row |= {f'{way}_{kind}': len(sizes), f'{way}_{kind}_mib': sum(sizes) / 2**20}

@@ -36,7 +36,7 @@ def kept_tensors(model, windows, config, world):
         network(idx, idx)
         if not config.compile:  # eagerly, what a recomputed layer reads is kept without a hook's knowledge
             for block in model.transformer.h[:config.recompute_layers]:
-                block.register_forward_pre_hook(keep_inputs)
+                block.register_forward_pre_hook(keep_inputs)  # the model is not used any further
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network(idx, idx)
     return list(kept.values())

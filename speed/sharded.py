@@ -7,7 +7,7 @@ import statistics
 import torch
 import torch.distributed as dist
 
-from configurator import communications, fail
+from configurator import HIDING, communications, fail
 from speed import costmodel
 from speed.candidates import Candidate, print_results, result, take_turns
 from training.distributed import World, connect, find_world
@@ -57,7 +57,7 @@ def lone_world(world):
 
 def hides(config):
     """Whether some of its all-reduces are on their way while a sublayer computes, unless it is compiled."""
-    return bool({'ladder', 'dtp'} & set(config.block_types))
+    return bool(HIDING & set(config.block_types))
 
 
 def sharded_result(networked, alone, control, links, given):

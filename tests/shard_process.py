@@ -125,8 +125,10 @@ def check_config(config, world, dropout, expected):
     micro_batches = batches(0, world, config.gradient_accumulation_steps)
     seen = by_kind(observe_step(
         net.raw_model, lambda: train_step(net, micro_batches, 1e-3, config, world), {}))
-    if config.distill:
-        return  # the head's messages are not those of the design
+    if config.distill:  # the head's messages are not those of the design
+        # tp, spd, parallel: 4 each way, and the first of the tp layer's again, which is recomputed
+        assert seen['forward'][0] + seen['backward'][0] == len(micro_batches) * (4 + 4 + 1)
+        return
     design = by_kind(design_messages(config, world.ddp_size, V))
     design['average'][0] = seen['average'][0]  # DDP's buckets
     assert seen == design, f'{what}, {config.dtype}: {seen}, not {design}'

@@ -191,7 +191,9 @@ def test_a_value_that_one_tuning_seed_has_tried_bounds_the_grid_if_it_is_worse(t
     write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)
     at_best = 1.95 + 2 / 10 + 0.002  # write_grid()'s of seed 2
     write_run(tmp_path, 'one', {2: at_best + excess}, NETS[12], 2, learning_rate=8e-3, min_lr=8e-4)
-    assert tuned_under(tmp_path).rows[1].tuning.missing == missing
+    found = tuned_under(tmp_path)
+    assert found.rows[1].tuning.missing == missing
+    assert ('spd x 12 (tp_size 2), 0.008 on 2' in answers.tuning(found)[-1]) == (excess > 0)
 
 
 def test_before_any_other_seed_has_finished_the_tuning_seeds_are_shown_as_preliminary(tmp_path, no_plots):

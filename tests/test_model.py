@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as gpt
 from model import GPT, Block, GPTConfig, ParallelBlock, SPDBlock, TPBlock, count_all_reduces
 from reference import reference_gpt, reference_loss
+from training.compiling import recompute
 from training.optimizer import adamw
 
 B, T, V = 5, 7, 29
@@ -424,10 +425,11 @@ def test_arithmetic_is_dense_gpt2s_whatever_the_blocks(block_types):
     assert flops[0] > 0 and flops == flops[:1] * 3
 
 
-@pytest.mark.parametrize('backend, dropout', [('eager', 0.2), ('aot_eager', 0.0)])
-def test_compiles_without_a_graph_break(backend, dropout):
+@pytest.mark.parametrize('backend, dropout, recomputed', [('eager', 0.2, 0), ('aot_eager', 0.0, 2)])
+def test_compiles_without_a_graph_break(backend, dropout, recomputed):
     torch._dynamo.reset()
     model = build(['tp', 'spd', 'parallel'], 2, bias=True, dropout=dropout)
+    recompute(model, recomputed)
 
     def trained(run):
         model.zero_grad()

@@ -162,3 +162,9 @@ def test_groups_across_nodes_take_one_process_of_each(nodes, groups, monkeypatch
     monkeypatch.setenv('GROUP_WORLD_SIZE', nodes)
     config = load(['config/cpu.py', '--shard=True', '--tp_across_nodes=True'])
     assert lay_out(config, 4) == groups
+
+
+def test_layers_whose_all_reduces_outlast_them_are_not_recomputed():
+    flags = ['config/cpu.py', '--block_types_at=1:dtp', '--shard=True', '--recompute_layers=1']
+    with pytest.raises(SystemExit, match='recompute_layers is 1, it must be 0 for sharded dtp layers'):
+        lay_out(load(flags), 2)

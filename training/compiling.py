@@ -13,10 +13,10 @@ from training.optimizer import gradient_norm
 
 def recompute(model, layers):
     """
-    Keep of the model's first layers only what they read; backward computes the rest again.
+    Activation checkpointing: keep of the first layers only what they read; backward computes the rest again.
 
-    Sharded, that repeats all-reduces, without dropout one of a tp layer's two and none of an spd layer's. A
-    run's counts leave them out.
+    Sharded, that repeats all-reduces, one of a tp layer's two and none of an spd layer's, unless a bias has
+    dropout. A run's counts leave them out.
     """
     for block in model.transformer.h[:layers]:
         block.forward = partial(checkpoint, partial(type(block).forward, block), use_reentrant=False)

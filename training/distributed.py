@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend
 
-from configurator import fail
+from configurator import HIDING, fail, stages
 from model import TPGroup
 
 # dense bf16 and fp16 peaks in FLOP/s, from the makers' data sheets; the first name found in a device's counts
@@ -162,6 +162,10 @@ def lay_out(config, processes):
     size = config.tp_size
     if config.log_diagnostics:
         config.refuse('log_diagnostics is True, which needs all ranks in one process; leave out shard')
+    types = {name for _, block_types in stages(vars(config)) for name in block_types}
+    if config.recompute_layers and types & HIDING:
+        config.refuse(f'recompute_layers is {config.recompute_layers}, it must be 0 for sharded '
+                      f'{" and ".join(sorted(types & HIDING))} layers, whose all-reduces outlast a layer')
     if processes % size:
         config.refuse(f'shard is True, which takes a multiple of tp_size, {size}, processes, not {processes}')
     if config.dtype == 'float16':
