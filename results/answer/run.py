@@ -5,9 +5,10 @@ The runs of the tuned answer in the order of plan.toml, each config at its own b
     python results/answer/run.py --gpu --jobs 8 --english FILE.jsonl.xz  # all items, on a GPU
     python results/answer/run.py --small --jobs 2  # all items at a size that takes minutes, one seed: a trial
 
-What is finished is not done again: the same command goes on after an interruption. A config's best rate has
-the lowest mean validation loss over the tuning seeds; the grid is extended until it lies inside. Runs go to
-out/answer, those of another recipe beside it, to out/answer-1600-steps and the like.
+What is finished is not done again: the same command goes on after an interruption, and from the runs of
+results/runs.tar.xz, unpacked into out. A config's best rate has the lowest mean validation loss over the
+tuning seeds; the grid is extended until it lies inside. Runs go to out/answer, those of another recipe beside
+it, to out/answer-1600-steps and the like.
 """
 
 import argparse
