@@ -9,7 +9,7 @@ from typing import NamedTuple
 from analysis.answers import all_cliffs
 from analysis.findings import FEWEST_COUNTS, GUIDE_SCOPE, in_scope
 from analysis.runs import simulated
-from configurator import HOUSEKEEPING, read_defaults
+from configurator import HOUSEKEEPING, RESUMING, read_defaults
 
 ALL = 'config/train_gpt2_*comm.py'
 
@@ -26,7 +26,8 @@ def sweep(row, configs='', **grid):
     files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
     flags = dict(flag.removeprefix('--').split('=', 1) for flag in argv if flag.startswith('--'))
     recipe = read_defaults().keys() - HOUSEKEEPING - {'seed', 'tp_size', 'block_types'}
-    flags = {key: value for key, value in flags.items() if key in recipe} | grid
+    # a sweep itself says --init_from=auto
+    flags = {key: value for key, value in flags.items() if key in recipe and value not in RESUMING} | grid
     withs = [f'--with {shlex.quote(file)}' for file in files[1:]]
     return ' '.join(['python sweep.py', *filter(None, [configs or ' '.join(files[:1])]), *withs,
                      *(f'--{key}={value}' for key, value in flags.items())])

@@ -324,7 +324,7 @@ def test_the_first_plan_is_right():
 
 def test_open_questions_come_with_commands_of_the_same_recipe(tmp_path):
     argv = ['config/train_gpt2_12comm.py', 'config/cpu.py', '--seed=1', '--n_embd=128', '--out_dir=x',
-            '--log_drift=True']  # of an earlier version
+            '--init_from=auto', '--log_drift=True']  # of an earlier version
     write_nets(tmp_path, {12: 0.0}, info=dict(argv=argv), n_embd=128, learning_rate=2e-3)
     opened = unanswered.open_questions(found_under(tmp_path), 'python compare.py out')
     commands = {question: command for question, command in opened}
