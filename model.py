@@ -28,7 +28,7 @@ References  Megatron-LM (arXiv 1909.08053), section 3: f, g, column- and row-par
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -166,10 +166,7 @@ def drifted(x):
 
 
 def linear(x, weight, bias=None):
-    """
-    F.linear; for at most 4 tokens without gradients on a CPU, as in sampling, a batched product over two
-    halves of the weight, which reads it about twice as fast (on one core too).
-    """
+    """F.linear. Sampling's few tokens take two halves of the weight at once: on a CPU twice as fast."""
     out, features = weight.shape
     sampling = not torch.is_grad_enabled() and x.numel() <= 4 * features
     if not sampling or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') or out % 2:
@@ -326,12 +323,11 @@ class KeyValues:
         """k, v of the next tokens (B or L*B, heads, T, hd) -> of all so far (B or L*B, heads, length, hd)"""
         if self.kept is None:
             self.kept = k.new_empty(2, *k.shape[:2], self.capacity, k.size(-1))
-        if self.length and k.size(-2) > 1:
+        elif k.size(-2) > 1:
             raise ValueError('a block may give s.cache to self.attn only once in its forward')
-        end = self.length + k.size(-2)
-        self.kept[0, :, :, self.length:end], self.kept[1, :, :, self.length:end] = k, v
-        self.length = end
-        return self.kept[:, :, :, :end]
+        start, self.length = self.length, self.length + k.size(-2)
+        self.kept[0, :, :, start:self.length], self.kept[1, :, :, start:self.length] = k, v
+        return self.kept[:, :, :, :self.length]
 
 
 class CausalSelfAttention(nn.Module):
@@ -349,38 +345,29 @@ class CausalSelfAttention(nn.Module):
         cache: the KeyValues of the tokens before u, if any, to which u's are added; then T is 1.
         """
         # a batch of B with the local ranks' heads side by side; drifted, a batch of L*B with H/R heads each
-        q, k, v = (self.split_heads(part) for part in self.c_attn(u))  # (B or L*B, heads, T, hd)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)).flatten(0, -4).transpose(1, 2)
+                   for part in self.c_attn(u))  # (B or L*B, heads, T, hd)
         if cache is not None:
             k, v = cache.extend(k, v)
         causal = cache is None or q.size(-2) > 1  # a new token reads all tokens up to it
         y = self.attend(q, k, v, causal).transpose(1, 2)  # (B or L*B, T, heads, hd)
         return self.c_proj(y.reshape(*u.shape[:-1], -1))
 
-    def split_heads(self, part):
-        """(B, T, L*D) -> (B, heads, T, hd); drifted (L, B, T, D) -> (L*B, H/R, T, hd)"""
-        T, heads = part.size(-2), part.size(-1) // self.head_size
-        return part.reshape(-1, T, heads, self.head_size).transpose(1, 2)
-
     def attend(self, q, k, v, causal):
         """Softmax attention, scale 1/sqrt(hd). q, k, v and the result (B or L*B, heads, T, hd)"""
         if not (self.training and self.dropout > 0):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        # fused kernels draw masks of their own; these are drawn by head, so that no tp_size changes them
-        T, hd = q.shape[-2:]
+        # fused kernels draw masks of their own; this one is drawn for all H heads: no tp_size changes it
+        batch, heads, T, hd = q.shape
         scores = q @ k.transpose(-1, -2) / math.sqrt(hd)  # (B or L*B, heads, T, T)
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        return (weights * self.weights_mask(weights).to(v.dtype)) @ v
-
-    def weights_mask(self, weights):
-        """Dropout's factors for the attention weights (B or L*B, heads, T, T), drawn for all H heads."""
-        batch, heads, T, _ = weights.shape
-        held = self.n_head // self.tp.size * self.tp.local  # of this process: H if it simulates, else H/R
-        ranks_in_batch = held // heads  # L if they have drifted, else 1
-        shape = batch // ranks_in_batch, self.n_head, T, T
+        held = self.n_head // self.tp.size * self.tp.local  # heads here: H if it simulates, else H/R
+        shape = batch * heads // held, self.n_head, T, T
         mask = dropout_mask(shape, self.dropout, weights).split(held, dim=1)[self.tp.rank or 0]
         # drifted: the ranks go from the dimension of the heads to that of the batch
-        return mask.unflatten(1, (ranks_in_batch, heads)).transpose(0, 1).reshape(weights.shape)
+        mask = mask.unflatten(1, (-1, heads)).transpose(0, 1).reshape(weights.shape)
+        return (weights * mask.to(v.dtype)) @ v
 
 
 class MLP(nn.Module):
@@ -491,27 +478,6 @@ class GPTConfig:
             check(self)
 
 
-# a rank's slices of the parameters, which a sharded process holds under the dense names
-
-
-def sharding(name):
-    """How a parameter is sharded: (dim, number of stacked matrices); None if replicated."""
-    if 'c_attn' in name:
-        return 0, 3
-    if 'c_fc' in name:
-        return 0, 1
-    return (1, 1) if name.endswith('c_proj.weight') else None
-
-
-def take_shard(name, full, tp):
-    """This process's slice of a dense parameter, or of a tensor of its shape."""
-    if sharding(name) is None or tp.simulated:
-        return full
-    dim, parts = sharding(name)
-    by_rank = full.unflatten(dim, (parts, tp.size, -1))
-    return by_rank.select(dim + 1, tp.rank).flatten(dim, dim + 1).contiguous()  # fused AdamW needs it
-
-
 def vocab_parallel_cross_entropy(x, weight, targets, tp):
     """
     Cross-entropy with the vocabulary sharded (Megatron-LM, section 3): no process sees another's logits.
@@ -552,12 +518,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        GPT-2's. The draws do not depend on block_types or tp_size: one seed gives every config one network.
-
-            wte, wpe, c_attn, c_fc      normal, std 0.02
-            c_proj                      normal, std 0.02 / sqrt(2 n_layer): 2 n_layer of them add up
-            LayerNorms                  weight 1
-            every bias                  0
+        GPT-2's; c_proj's are smaller, for 2 n_layer of them add up in the stream. The draws do not depend on
+        block_types or tp_size: one seed gives every config one network.
         """
         for name, p in self.named_parameters():
             if name.endswith('bias'):
@@ -574,15 +536,10 @@ class GPT(nn.Module):
         loss: the mean cross-entropy, in nats per token, over the targets that are not -1.
         cache: a KeyValues per layer, of the tokens before idx, which joins them; logits (B, 1, V) of its last
         """
-        start = cache[0].length if cache else 0
-        end = start + idx.size(1)
-        assert end <= self.config.block_size, f'{end} tokens, block_size is {self.config.block_size}'
-        stream = self.enter(idx, start)
+        stream = self.enter(idx, cache[0].length if cache else 0)
         for i, block in enumerate(self.transformer.h):
             stream = block(stream._replace(cache=cache[i]) if cache else stream)
-        x = self.leave(stream)
-        if cache:
-            x = x[:, -1:]
+        x = self.leave(stream)[:, -1:] if cache else self.leave(stream)
         if targets is None:
             # logits read all rows: a whole gradient. the sharded loss reads this rank's rows: a part
             return linear(x, enter_stream(self.lm_head.weight, self.tp)), None
@@ -593,8 +550,9 @@ class GPT(nn.Module):
 
     def enter(self, idx, start=0):
         """Tokens idx (B, T), the first at position `start` -> the Stream that the first layer reads"""
-        c = self.transformer.wte(idx) + self.transformer.wpe(
-            torch.arange(start, start + idx.size(1), device=idx.device))
+        end, block_size = start + idx.size(1), self.config.block_size
+        assert end <= block_size, f'{end} tokens, block_size is {block_size}'
+        c = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))
         c = F.dropout(enter_stream(self.config.embed_scale * c, self.tp), self.config.dropout, self.training)
         return Stream(c, f_op(c, self.tp), None, self.tp, self.config.merge, 2 * self.config.n_layer)
 
@@ -603,25 +561,6 @@ class GPT(nn.Module):
         c, ln_f = stream.sync().c, self.transformer.ln_f
         weight, bias = enter_stream(ln_f.weight, self.tp), enter_stream(ln_f.bias, self.tp)
         return F.layer_norm(c, ln_f.normalized_shape, weight, bias, ln_f.eps)
-
-    def with_blocks(self, block_types):
-        """A GPT of other block types over this one's own parameters."""
-        with torch.device('meta'):
-            other = GPT(replace(self.config, block_types=block_types), self.tp)
-        other.load_state_dict(self.state_dict(keep_vars=True), assign=True)
-        return other
-
-    def shard(self, tp):
-        """A copy of this dense model with only this process's slices."""
-        sharded = GPT(self.config, tp)
-        sharded.load_dense(self.state_dict())
-        for p, mine in zip(self.parameters(), sharded.parameters(), strict=True):
-            mine.requires_grad_(p.requires_grad)  # frozen if no block uses it
-        return sharded
-
-    def load_dense(self, state):
-        """Load a dense state_dict; a sharded process takes its slices."""
-        self.load_state_dict({name: take_shard(name, full, self.tp) for name, full in state.items()})
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):

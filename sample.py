@@ -61,6 +61,7 @@ from data.corpus import load_tokenizer
 from model import GPT
 from training import pretrained
 from training.distributed import World, connect, lay_out, open_device, read_environment
+from training.sharding import shard_model
 from variants import gpt_config
 
 
@@ -125,7 +126,7 @@ def main(argv):
         tokenizer = load_tokenizer(meta)
         prompts = [encode(start, tokenizer).to(device) for start in args.start or ['\n']]
     world = join_world(config, device)
-    model = (model if world.tp is None else model.shard(world.tp)).to(device)
+    model = (model if world.tp is None else shard_model(model, world.tp)).to(device)
     if max(map(len, prompts)) + args.max_new_tokens > config.block_size and world.rank0:
         print(f'block_size is {config.block_size}; after so many tokens, each recomputes its window',
               file=sys.stderr)

@@ -28,6 +28,7 @@ from configurator import (
     stages,
 )
 from model import GPT, GPTConfig, count_all_reduces
+from train import with_blocks
 from variants import gpt_config
 
 EIGHT = ['config/train_gpt2.py', *RUNS]
@@ -48,7 +49,7 @@ def observe(path):
     tokens = torch.randint(VOCAB_SIZE, (2, 33), generator=torch.Generator().manual_seed(0))
     losses, observed = [], []
     for _, block_types in stages(vars(config)):
-        model = model.with_blocks(block_types)
+        model = with_blocks(model, block_types)
         with count_all_reduces() as found:
             loss = model(tokens[:, :-1], tokens[:, 1:])[1]
             loss.backward()

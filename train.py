@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 from configurator import begin_program, blocks_after, fail, load, model_vocab_size, pattern, stages
 
@@ -38,6 +39,7 @@ from training.logger import Log, counts, describe, introduction
 from training.optimizer import adamw, gradient_norm, sum_replicated_gradients
 from training.pretrained import initial_weights
 from training.rundir import claim, git_commit
+from training.sharding import shard_model
 from variants import gpt_config
 
 RESUMABLE = 75  # exit status, EX_TEMPFAIL: stopped by a signal, saved, can be resumed
@@ -87,14 +89,22 @@ def build_model(config, model_config, world, weights=None):
         dense.load_state_dict(weights)
     if config.perturb:
         perturb_weights(dense, config.perturb, config.seed)
-    later = [dense.with_blocks(block_types) for _, block_types in stages(vars(config))[1:]]
+    later = [with_blocks(dense, block_types) for _, block_types in stages(vars(config))[1:]]
     observed = [observe_all_reduces(model) for model in later]
     observed = [observe_all_reduces(dense), *observed]  # dense last: its gradients say what to freeze
     freeze_untrained(dense, config.train_layers)
     size = dict(**counts(observed, config), parameters=dense.num_params(),
                 flops_per_token=dense.flops_per_token())
-    model = dense if world.tp is None else dense.shard(world.tp)
+    model = dense if world.tp is None else shard_model(dense, world.tp)
     return model.to(world.device), size
+
+
+def with_blocks(model, block_types):
+    """A GPT of other block types over the model's own parameters."""
+    with torch.device('meta'):
+        other = GPT(replace(model.config, block_types=block_types), model.tp)
+    other.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return other
 
 
 @torch.no_grad()
@@ -139,7 +149,7 @@ class Network:
     def use_blocks(self, block_types, config):
         """Go on with these blocks over the same parameters and optimizer state. Collective if sharded."""
         if block_types != self.raw_model.config.block_types:
-            self.raw_model = self.raw_model.with_blocks(block_types)
+            self.raw_model = with_blocks(self.raw_model, block_types)
             self.model = self.ddp_model = with_teacher(self.raw_model, self.teacher, config)
             observe_all_reduces(self.raw_model)
             freeze_untrained(self.raw_model, config.train_layers)

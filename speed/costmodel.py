@@ -154,8 +154,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.dataloader import TrainLoader
-from model import GPT, GPTConfig, TPGroup, count_all_reduces, sharding
+from model import GPT, GPTConfig, TPGroup, count_all_reduces
 from train import observe_all_reduces
+from training.sharding import sharding
 from variants import gpt_config
 
 VOCAB_SIZE = GPTConfig.vocab_size

@@ -27,9 +27,10 @@ from configurator import COMMUNICATIONS, ROOT, RUNS, load  # noqa: E402
 from model import GPT, Block  # noqa: E402
 from speed.costmodel import by_kind, design_messages, observe_step  # noqa: E402
 from train import Network, freeze_untrained, observe_all_reduces, train_step  # noqa: E402
-from training.checkpoint import dense_state, join_shards, load_dense_state  # noqa: E402
+from training.checkpoint import dense_state, load_dense_state  # noqa: E402
 from training.distill import find_teacher  # noqa: E402
 from training.distributed import World, connect, find_world  # noqa: E402
+from training.sharding import join_shards, shard_model  # noqa: E402
 from variants import gpt_config  # noqa: E402
 
 B, T, C, V, STEPS = 2, 5, 16, 29, 3  # no tp_size divides V; so the vocabulary shards are uneven
@@ -57,7 +58,7 @@ def build(config, world, dtype):
     teacher = find_teacher(config, dense.config, others, world)
     if teacher:
         teacher.model.to(dtype)
-    net = Network((dense.shard(world.tp) if world.tp else dense).to(dtype), config, teacher)
+    net = Network((shard_model(dense, world.tp) if world.tp else dense).to(dtype), config, teacher)
     net.wrap(B, config, world, print)
     return net
 

@@ -9,8 +9,9 @@ import itertools
 import pytest
 import torch
 
-from model import GPT, GPTConfig, sharding
+from model import GPT, GPTConfig
 from training.layout import affinity, assign, permuted
+from training.sharding import sharding
 
 B, T, R = 3, 8, 2
 

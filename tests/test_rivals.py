@@ -30,9 +30,9 @@ from reference import reference_loss  # noqa: E402
 from reference_rivals import reference_rivals  # noqa: E402
 from speed.costmodel import Link, design_messages, predict  # noqa: E402
 from train import observe_all_reduces  # noqa: E402
-from training.checkpoint import join_shards  # noqa: E402
 from training.logger import summary  # noqa: E402
 from training.optimizer import sum_replicated_gradients  # noqa: E402
+from training.sharding import join_shards, shard_model  # noqa: E402
 from variants import gpt_config  # noqa: E402
 
 B, T, C, V = 2, 5, 24, 29
@@ -309,7 +309,7 @@ def test_a_hidden_all_reduce_is_on_its_way_while_sublayers_compute(types, settin
     monkeypatch.setattr(dist, 'all_reduce', logged)
     dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
     try:
-        model = build(types, 2, **settings).shard(TPGroup(2, 1, dist.group.WORLD))
+        model = shard_model(build(types, 2, **settings), TPGroup(2, 1, dist.group.WORLD))
         for block in model.transformer.h:
             for first in block.attn.c_attn, block.mlp.c_fc:
                 first.register_forward_hook(lambda *_: events.append(('sublayer',)))
@@ -375,7 +375,7 @@ def shard_and_compare(rank, address):
     dist.init_process_group('gloo', init_method=address, rank=rank, world_size=2)
     for i, (types, settings) in enumerate(SHARDED):
         dense = build(types, 2, bias=i % 2 == 0, dropout=0.2 * (i % 3 == 0), **settings)
-        mine = dense.float().shard(TPGroup(2, rank, dist.group.WORLD)).double()
+        mine = shard_model(dense.float(), TPGroup(2, rank, dist.group.WORLD)).double()
         dense.double()
         found = []
         for model in dense, mine:

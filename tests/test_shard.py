@@ -23,6 +23,7 @@ from model import GPT, GPTConfig, TPGroup
 from toy_runs import ALONE
 from training.compiling import compiled
 from training.distributed import find_world, lay_out
+from training.sharding import shard_model
 
 SMALL = ['config/train_gpt2_8comm.py', 'config/cpu.py', '--n_layer=4', '--max_iters=8', '--eval_interval=4',
          '--eval_tokens=2000', '--log_interval=1', '--gradient_accumulation_steps=2', '--batch_size=4',
@@ -144,7 +145,7 @@ def test_a_compiled_shard_has_the_gradients_and_all_reduces_of_the_eager_one(tmp
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager', fullgraph=True))
     dist.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
     try:
-        eager, shard = (dense.shard(TPGroup(2, 1, dist.group.WORLD)) for _ in range(2))
+        eager, shard = (shard_model(dense, TPGroup(2, 1, dist.group.WORLD)) for _ in range(2))
         config = SimpleNamespace(block_size=6, dropout=0.0, dtype='float32')
         model = compiled(shard, 3, config, ALONE, warnings.append)
         # two of the stream, one of the head backward, two of the cross-entropy forward

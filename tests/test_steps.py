@@ -32,6 +32,7 @@ from toy_runs import (
     toy,
 )
 from training import checkpoint
+from training.sharding import shard_model
 
 pytestmark = pytest.mark.usefixtures('corpus')
 
@@ -219,7 +220,7 @@ def test_data_parallel_training_does_not_wait_for_an_unused_parameter(gptj, grou
 
 def test_a_sharded_process_trains_without_an_unused_parameter(gptj, group):
     dense, config, world = toy(['gptj', 'spd'])
-    sharded = train.Network(dense.raw_model.shard(TPGroup(2, rank=0, group=group)), config)
+    sharded = train.Network(shard_model(dense.raw_model, TPGroup(2, rank=0, group=group)), config)
     loss, norm, _ = train.train_step(sharded, micro_batches(1), 1e-3, config, world).read()
     assert math.isfinite(loss) and math.isfinite(norm)
     unused = sharded.raw_model.transformer.h[0].ln_2.weight

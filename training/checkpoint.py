@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from configurator import SHAPE, complete, differences
-from model import sharding, take_shard
 from training.distributed import broadcast, broadcast_state, on_rank0
 from training.logger import finite
 from training.rundir import LATEST, atomic_write, write_json
+from training.sharding import join_shards, load_dense, take_shard
 
 KEYS = {'model', 'optimizer', 'scaler', 'iter', 'config', 'vocab_size', 'corpus', 'progress'}
 
@@ -152,16 +151,6 @@ def load_latest(out_dir, warn):
 # what is in them
 
 
-def join_shards(name, shard, tp):
-    """All-gather of the slices into the dense tensor. Collective."""
-    if sharding(name) is None or tp.simulated:
-        return shard
-    dim, parts = sharding(name)
-    shards = [torch.empty_like(shard) for _ in range(tp.size)]
-    dist.all_gather(shards, shard.contiguous(), group=tp.group)
-    return torch.stack([s.unflatten(dim, (parts, -1)) for s in shards], dim + 1).flatten(dim, dim + 2)
-
-
 def optimized_names(net):
     """The parameters' names in the order in which the optimizer's state numbers them."""
     names = {id(p): name for name, p in net.raw_model.named_parameters()}
@@ -195,7 +184,7 @@ def load_dense_state(net, saved):
             raise ValueError(f'{key} of {name} has the shape {tuple(tensor.shape)}')
         return tensor if scalar else take_shard(name, tensor, net.raw_model.tp)
 
-    net.raw_model.load_dense(saved['model'])
+    load_dense(net.raw_model, saved['model'])
     state, names = saved['optimizer']['state'], optimized_names(net)
     if not state.keys() <= set(range(len(names))) \
             or any(entry.keys() != {'step', 'exp_avg', 'exp_avg_sq'} for entry in state.values()):

@@ -13,7 +13,8 @@ References  linear CKA: Kornblith et al., ICML 2019 (arXiv 1905.00414), section 
 import torch
 import torch.nn.functional as F
 
-from model import drifted, open_counters, sharding
+from model import drifted, open_counters
+from training.sharding import sharding
 
 PROBE_TOKENS = 2048  # at most
 

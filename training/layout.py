@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from model import sharding
 from training.rundir import atomic_write
+from training.sharding import sharding
 
 
 def sublayers(model):

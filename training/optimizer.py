@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 
-from model import sharding
+from training.sharding import sharding
 
 
 def sum_replicated_gradients(model):
