@@ -5,9 +5,9 @@ GPT-2 under tensor parallelism, with a choice per layer of when the ranks sync.
     logits, _ = model(idx)  # idx (B, T) -> logits (B, T, V)
     _, loss = model(idx, targets)  # targets (B, T), -1 is ignored
 
-Parameters have dense GPT-2's names and shapes for every block_types and tp_size. A process either *simulates*
-all tensor-parallel ranks (no communication, the same loss up to rounding) or *holds* one of them: its heads'
-rows of q, k and v, its rows of c_fc, its columns of each c_proj.
+Parameters have dense GPT-2's names for every block_types and tp_size. A process either *simulates* all
+tensor-parallel ranks (dense GPT-2's shapes, no communication, the same loss up to rounding) or *holds* one of
+them: its heads' rows of q, k and v, its rows of c_fc, its columns of each c_proj.
 
 Shapes      B batch, T sequence, C n_embd, H n_head, hd C/H, V vocab_size, N = B*T tokens
             R tp_size, L ranks in this process: R if it simulates, 1 if it holds one
@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# communication: the residual stream crosses ranks in f_op and g_op, and nowhere else
+# communication: the residual stream crosses ranks in f_op and g_op, hidden ones in variants.py's Flight
 
 
 class TPGroup(NamedTuple):
@@ -61,7 +61,7 @@ class TPGroup(NamedTuple):
 
 
 class AllReduces(list):
-    """(pass, kind, bytes) of each all-reduce of the residual stream: forward by g_op, backward by f_op."""
+    """(way, kind, bytes) of each all-reduce of the residual stream, forward (g_op) or backward (f_op)."""
     forward = property(lambda self: sum(way == 'forward' for way, _, _ in self))
     backward = property(lambda self: sum(way == 'backward' for way, _, _ in self))
     hidden = property(lambda self: sum(found[:2] == ('forward', 'hidden') for found in self))  # variants.py's
@@ -151,13 +151,14 @@ def enter_stream(p, tp):
     """
     Use p, a replicated parameter or a function of some, in c.
 
-    In c, or after the last sync, each process has its whole gradient; after an f_op (LayerNorms, a bias in u)
-    a process has its rank's part. training/optimizer.py sums over ranks, so the first is divided by R.
+    Used in c or after the last sync, p has its whole gradient on every process; used in u, as LayerNorms
+    are, a rank's part. training/optimizer.py sums both over the ranks, so the whole is divided by R here.
     """
     return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
 
-# sharded layers: one matmul for all ranks in this process while they read the same, batched once they drifted
+# sharded layers: a column-parallel one is one matmul while the ranks read the same, batched once they drift;
+# a row-parallel one is one matmul for sync(), batched for add()
 
 
 def drifted(x):
@@ -189,7 +190,7 @@ class ColumnParallel(nn.Linear):
             return linear(u, self.weight, self.bias).chunk(self.parts, dim=-1)
         out = torch.einsum('lbtc,lfc->lbtf', u, self.by_rank(self.weight))  # (L, B, T, parts*D)
         if self.bias is not None:
-            out = out + self.by_rank(self.bias)[:, None, None]
+            out = out + self.by_rank(self.bias)[:, None, None].to(out.dtype)  # else float32 under autocast
         return out.chunk(self.parts, dim=-1)
 
     def by_rank(self, p):
@@ -240,11 +241,11 @@ class RowProduct(NamedTuple):
         return None if self.proj.bias is None else self.dropped(self.proj.bias)
 
     def dropped(self, x):
-        return x if self.mask is None else x * self.mask.to(x.dtype)
+        return x if self.mask is None else (x * self.mask).to(x.dtype)
 
 
 def dropout_mask(shape, p, like):
-    """Dropout's factors, 0 or 1/(1-p), drawn for all ranks alike whichever of them this process holds."""
+    """Dropout's factors, 0 or 1/(1-p), for all ranks; processes that hold one draw them from one seed."""
     return F.dropout(torch.ones(shape, device=like.device), p)
 
 
@@ -263,7 +264,7 @@ class Stream(NamedTuple):
     """
     c: torch.Tensor  # replicated (B, T, C)
     u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
-    d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r of the local ranks; None: nothing is apart
+    d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r, d_r = u_r - c itself is not kept; None: d = 0
     tp: TPGroup
     merge: str  # how sync() scales what it sums
     left: int  # sublayers still to come
@@ -279,7 +280,7 @@ class Stream(NamedTuple):
         return s
 
     def add(self, *products):
-        """d_r <- d_r + P_r of each RowProduct. No communication: the ranks drift apart."""
+        """d_r <- d_r + P_r of each RowProduct, and c takes the biases. No communication: the ranks drift."""
         s = self.arrive(len(products))
         for product in products:
             bias, P = product.bias(), product.per_rank().to(s.c.dtype)  # P drifted
@@ -290,7 +291,7 @@ class Stream(NamedTuple):
 
     def sync(self, *products, kind='blocking'):
         """
-        c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Free if nothing is apart.
+        c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Free if nothing is added.
         merge mean and rsqrt: that sum / R, / sqrt(R); desync: sum_r (d_r / R + P_r). Biases are never scaled.
         """
         addends = [product.sum_over_ranks() for product in products]  # partial (B, T, C) each
@@ -324,7 +325,7 @@ class KeyValues:
         if self.kept is None:
             self.kept = k.new_empty(2, *k.shape[:2], self.capacity, k.size(-1))
         elif k.size(-2) > 1:
-            raise ValueError('a block may give s.cache to self.attn only once in its forward')
+            raise ValueError('a block may give s.cache to self.attn only once, and later tokens come singly')
         start, self.length = self.length, self.length + k.size(-2)
         self.kept[0, :, :, start:self.length], self.kept[1, :, :, start:self.length] = k, v
         return self.kept[:, :, :, :self.length]
@@ -342,7 +343,7 @@ class CausalSelfAttention(nn.Module):
         """
         u replicated (B, T, C) or drifted (L, B, T, C) -> RowProduct
 
-        cache: the KeyValues of the tokens before u, if any, to which u's are added; then T is 1.
+        cache: this layer's KeyValues, which u's tokens join; T > 1 only while it is empty.
         """
         # a batch of B with the local ranks' heads side by side; drifted, a batch of L*B with H/R heads each
         q, k, v = (part.unflatten(-1, (-1, self.head_size)).flatten(0, -4).transpose(1, 2)
@@ -367,7 +368,7 @@ class CausalSelfAttention(nn.Module):
         mask = dropout_mask(shape, self.dropout, weights).split(held, dim=1)[self.tp.rank or 0]
         # drifted: the ranks go from the dimension of the heads to that of the batch
         mask = mask.unflatten(1, (-1, heads)).transpose(0, 1).reshape(weights.shape)
-        return (weights * mask.to(v.dtype)) @ v
+        return (weights * mask.to(weights.dtype)) @ v
 
 
 class MLP(nn.Module):
@@ -393,7 +394,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 BLOCKS = {}  # block type -> class; each subclass of Block adds itself
-checks = []  # of variants.py: each raises ValueError if a GPTConfig's blocks do not go together
+checks = []  # variants.py, if imported, adds to both: what raises ValueError if blocks do not go together
 
 
 class Block(nn.Module):
@@ -501,7 +502,7 @@ def vocab_parallel_cross_entropy(x, weight, targets, tp):
 
 class GPT(nn.Module):
     def __init__(self, config, tp=None):
-        """tp: the TPGroup, if this process holds one rank of it. None: simulate all ranks."""
+        """tp: the TPGroup, if this process holds one rank: then load its slices (training/sharding.py)."""
         super().__init__()
         self.config = config
         self.tp = tp or TPGroup(config.tp_size)
@@ -518,8 +519,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        GPT-2's; c_proj's are smaller, for 2 n_layer of them add up in the stream. The draws do not depend on
-        block_types or tp_size: one seed gives every config one network.
+        GPT-2's; c_proj's are smaller, for 2 n_layer of them add up in the stream. A model that simulates
+        draws the same whatever its block_types and tp_size: one seed gives every config one network.
         """
         for name, p in self.named_parameters():
             if name.endswith('bias'):
@@ -534,7 +535,7 @@ class GPT(nn.Module):
         idx (B, T) -> (logits (B, T, V), None); with targets (B, T) -> (None, loss)
 
         loss: the mean cross-entropy, in nats per token, over the targets that are not -1.
-        cache: a KeyValues per layer, of the tokens before idx, which joins them; logits (B, 1, V) of its last
+        cache: a KeyValues per layer, which idx joins, T = 1 once filled; no targets; logits (B, 1, V)
         """
         stream = self.enter(idx, cache[0].length if cache else 0)
         for i, block in enumerate(self.transformer.h):
@@ -593,12 +594,12 @@ class GPT(nn.Module):
         return idx
 
     def num_params(self):
-        """Parameter count; the tied embedding counts once."""
+        """Parameters in this process, the whole network's if it simulates; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
         """
-        Forward and backward, by PaLM's count (arXiv 2204.02311, appendix B), the same for every block type.
+        Forward and backward, of a model that simulates, by PaLM's count (arXiv 2204.02311, appendix B).
 
         6 for each parameter but wpe's, and 12 n_layer n_embd T for attention, as if it were not causal.
         """

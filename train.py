@@ -84,18 +84,18 @@ def build_model(config, model_config, world, weights=None):
     weights: a dense state_dict to begin with. Without it, a seed gives one network, whatever the blocks.
     """
     torch.manual_seed(config.seed)  # on the CPU: the same weights on every device
-    dense = GPT(model_config)
+    whole = GPT(model_config)
     if weights:
-        dense.load_state_dict(weights)
+        whole.load_state_dict(weights)
     if config.perturb:
-        perturb_weights(dense, config.perturb, config.seed)
-    later = [with_blocks(dense, block_types) for _, block_types in stages(vars(config))[1:]]
+        perturb_weights(whole, config.perturb, config.seed)
+    later = [with_blocks(whole, block_types) for _, block_types in stages(vars(config))[1:]]
     observed = [observe_all_reduces(model) for model in later]
-    observed = [observe_all_reduces(dense), *observed]  # dense last: its gradients say what to freeze
-    freeze_untrained(dense, config.train_layers)
-    size = dict(**counts(observed, config), parameters=dense.num_params(),
-                flops_per_token=dense.flops_per_token())
-    model = dense if world.tp is None else shard_model(dense, world.tp)
+    observed = [observe_all_reduces(whole), *observed]  # run last: its gradients say what to freeze
+    freeze_untrained(whole, config.train_layers)
+    size = dict(**counts(observed, config), parameters=whole.num_params(),
+                flops_per_token=whole.flops_per_token())
+    model = whole if world.tp is None else shard_model(whole, world.tp)
     return model.to(world.device), size
 
 
@@ -116,7 +116,11 @@ def perturb_weights(model, scale, seed):
 
 
 def observe_all_reduces(model):
-    """The AllReduces of one eager pass over one token, forward and backward. It leaves its gradients."""
+    """
+    The AllReduces of one eager pass over one token, forward and backward.
+
+    It leaves its gradients, and every parameter trainable: freeze_untrained() is next.
+    """
     idx = torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device)
     model.requires_grad_(True).zero_grad(set_to_none=True)
     with count_all_reduces() as observed:

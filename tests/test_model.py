@@ -200,16 +200,18 @@ def test_a_counter_counts_its_own_block_and_nothing_else():
 
 @pytest.mark.parametrize('block_types', [['tp'] * 2, *STREAMS], ids='-'.join)
 def test_messages_are_one_stream_in_the_compute_dtype_and_streams_are_float32(block_types, monkeypatch):
-    messages, streams, g_op = [], [], gpt.g_op
+    messages, streams, hidden, g_op = [], [], [], gpt.g_op
     monkeypatch.setattr(gpt, 'g_op', lambda p, *rest: messages.append(p) or g_op(p, *rest))
-    model, (idx, targets) = build(block_types, 2, torch.float32), batch()
-    norm = F.layer_norm
+    model, (idx, targets) = build(block_types, 2, torch.float32, bias=True), batch()
+    norm, gelu = F.layer_norm, F.gelu
+    monkeypatch.setattr(gpt.F, 'gelu', lambda x, **how: hidden.append(x) or gelu(x, **how))
     monkeypatch.setattr(gpt.F, 'layer_norm', lambda x, *rest: streams.append(x) or norm(x, *rest))
     with count_all_reduces() as n, torch.autocast('cpu', torch.bfloat16):
         model(idx, targets)[1].backward()
     assert len(messages) == n.forward > 0
     assert {(m.shape, m.dtype) for m in messages} == {((B, T, model.config.n_embd), torch.bfloat16)}
     assert {stream.dtype for stream in streams} == {torch.float32}
+    assert {x.dtype for x in hidden} == {torch.bfloat16}
 
 
 # what a block of one's own may do

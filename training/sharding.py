@@ -23,7 +23,7 @@ def take_shard(name, full, tp):
         return full
     dim, parts = sharding(name)
     by_rank = full.unflatten(dim, (parts, tp.size, -1))
-    return by_rank.select(dim + 1, tp.rank).flatten(dim, dim + 1).contiguous()  # fused AdamW needs it
+    return by_rank.select(dim + 1, tp.rank).flatten(dim, dim + 1).contiguous()  # as fused AdamW needs moments
 
 
 def join_shards(name, shard, tp):
@@ -41,10 +41,10 @@ def load_dense(model, state):
     model.load_state_dict({name: take_shard(name, full, model.tp) for name, full in state.items()})
 
 
-def shard_model(dense, tp):
-    """A copy of the dense model with only this process's slices."""
-    sharded = GPT(dense.config, tp)
-    load_dense(sharded, dense.state_dict())
-    for p, mine in zip(dense.parameters(), sharded.parameters(), strict=True):
+def shard_model(whole, tp):
+    """A copy of a model that simulates all ranks, with only this process's slices."""
+    sharded = GPT(whole.config, tp)
+    load_dense(sharded, whole.state_dict())
+    for p, mine in zip(whole.parameters(), sharded.parameters(), strict=True):
         mine.requires_grad_(p.requires_grad)  # frozen if no block uses it
     return sharded
