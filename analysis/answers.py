@@ -61,12 +61,13 @@ def shown(row):
 def headline(answer, margin, key=None):
     """An Answer as a sentence. key: the tuned one."""
     where = f'tp_size {answer.tp_size}{answer.note}'
-    start = ('' if answer.tuned else 'At one learning rate, untuned: ' if key in (None, 'learning_rate')
-             else f'At one {key}, untuned: ')
+    start = ''
+    if not answer.tuned:
+        start = f'At one {"learning rate" if key in (None, "learning_rate") else key}, untuned: '
+    elif answer.edge:
+        start = f'With a best {key} at the edge of its grid: '
     if answer.preliminary:
-        start = f'Preliminary, from the seeds that chose {key}: {start}'
-    if answer.edge:
-        start += f'With a best {key} at the edge of its grid: '
+        start = f'Preliminary, from the tuning seeds: {start}'
     if not answer.tested:
         return f'{start}no net of tp, spd and parallel layers to judge ({where})'
     failure, row = answer.first_failure, answer.row

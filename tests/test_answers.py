@@ -205,7 +205,7 @@ def test_before_any_other_seed_has_finished_the_tuning_seeds_are_shown_as_prelim
     out = compare_all(tmp_path, '--tuned=learning_rate', '--tuning_seeds=1,2')
     found = json.loads((out / 'table.json').read_text())
     assert found['answer'] is None and found['rows'][1]['seeds'] == '1 2'
-    assert found['headlines'][0].startswith('Preliminary, from the seeds that chose learning_rate: ')
+    assert found['headlines'][0].startswith('Preliminary, from the tuning seeds: ')
 
 
 def test_without_a_grid_it_is_said(tmp_path):
