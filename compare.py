@@ -219,7 +219,7 @@ def find_tuned(args, plan):
 
 
 def departures(args, plan):
-    """Where the flags depart from the plan, as notes."""
+    """Where the flags depart from the plan, as lines."""
     if plan is None:
         return []
     return [f'--{key} is {getattr(args, key)}, the plan says {getattr(plan, key)}: so all is exploratory'
@@ -256,7 +256,7 @@ def main(argv):
     predict, reasons, link = step_predictor(finished, args.link) if args.link else (None, {}, None)
     diverged = [run for run in unfinished if run.trouble.startswith('diverged')]
     rows = group(finished, args.level, predict, tuned, diverged)
-    notes += departures(args, plan) + missing_notes(rows, unfinished, finished)
+    notes += missing_notes(rows, unfinished, finished)
     notes += [f'{path}: no run in it' for path in empty if path != args.out]
     if not rows:
         hint = '; --at=last compares runs as they are' * (args.at is None and any(
@@ -268,8 +268,8 @@ def main(argv):
     found = find_all(rows, args.margin or (plan and plan.margin) or MARGIN, tuned, plan, link, args.pair)
     label_rows(rows, args.labels)
     command = shlex.join(['python', 'compare.py', *argv])
-    report = Report(command, headlines(found), exploratory(found), answers(found),
-                    open_questions(found, command), notes, unfinished)
+    report = Report(command, headlines(found), departures(args, plan) or exploratory(found),
+                    answers(found), open_questions(found, command), notes, unfinished)
     print(screen(found, report))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
