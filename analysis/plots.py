@@ -432,7 +432,7 @@ def plot_width(found, sheet=REPORT):
 def plot_tuning(found, sheet=REPORT):
     """
     Validation loss of the tuning seeds against the tuned key: the line is their mean, the square its lowest,
-    a stroke each seed; grey is dense.
+    a stroke each seed, also at values that not all of them have run; grey is dense.
     """
     shown = [row for row in found.rows if row.tuning and row.tuning.compared]
     if not shown:
@@ -441,15 +441,16 @@ def plot_tuning(found, sheet=REPORT):
     fig, axes = panels(shown, f'Loss of the tuning seeds against {key}: the line is their mean, the square '
                        'its lowest; grey is dense', f'validation loss ({loss_unit(shown)})', sheet, key,
                        f'seeds {", ".join(map(str, seeds))}')
-    values = sorted({value for row in shown for value in row.tuning.means})
+    values = sorted({value for row in shown for value, own in row.tuning.runs.items()
+                     if own.keys() & set(seeds)})
     for ax, row in zip(axes, shown):
         dense = row.control or row
         if dense.tuning:
             draw(ax, list(dense.tuning.means.items()), color='0.7', linewidth=3)
         means = row.tuning.means
         draw(ax, list(means.items()), 'o-', color='black', markersize=3.5, linewidth=1)
-        draw(ax, [(value, row.tuning.runs[value][seed].loss) for value in means
-                  for seed in seeds], '_', color='0.4', markersize=6)
+        draw(ax, [(value, own[seed].loss) for value, own in row.tuning.runs.items()
+                  for seed in seeds if seed in own], '_', color='0.4', markersize=6)
         best = row.tuning.best
         ax.plot(best, means[best], 's', color='black', markersize=7, markerfacecolor='white')
         if min(values) > 0:

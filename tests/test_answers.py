@@ -235,10 +235,13 @@ def test_what_cannot_be_tuned_is_refused(tmp_path, flags, message):
 def test_the_plot_of_the_tuned_key(tmp_path):
     write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
     write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)
+    write_run(tmp_path, 'one', {2: 2.5}, NETS[12], 2, learning_rate=8e-3, min_lr=8e-4)
     fig = plots.plot_tuning(tuned_under(tmp_path))
     assert len(fig.axes) == 2
     square, = [line for line in fig.axes[1].lines if line.get_marker() == 's']
     assert list(square.get_xdata()) == [4e-3]
+    strokes, = [line for line in fig.axes[1].lines if line.get_marker() == '_']
+    assert (8e-3, 2.5) in zip(*strokes.get_data())  # a value that one tuning seed has run
 
 
 # the plan
