@@ -540,7 +540,9 @@ class GPT(nn.Module):
         stream = self.enter(idx, cache[0].length if cache else 0)
         for i, block in enumerate(self.transformer.h):
             stream = block(stream._replace(cache=cache[i]) if cache else stream)
-        x = self.leave(stream)[:, -1:] if cache else self.leave(stream)
+        x = self.leave(stream)
+        if cache:
+            x = x[:, -1:]
         if targets is None:
             # logits read all rows: a whole gradient. the sharded loss reads this rank's rows: a part
             return linear(x, enter_stream(self.lm_head.weight, self.tp)), None
