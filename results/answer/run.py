@@ -4,11 +4,13 @@ The runs of the tuned answer in the order of plan.toml, each config at its own b
     python results/answer/run.py --jobs 2  # items 1 to 5, on a CPU: 7 hours of two cores
     python results/answer/run.py --gpu --jobs 8 --english FILE.jsonl.xz  # all items, on a GPU
     python results/answer/run.py --small --jobs 2  # all items at a size that takes minutes, one seed: a trial
+    python results/answer/run.py --plan results/gpu/english-384/plan.toml --jobs 5  # another plan, on a GPU
 
 What is finished is not done again: the same command goes on after an interruption, and from the runs of
 results/runs.tar.xz, unpacked into out. A config's best rate has the lowest mean validation loss over the
 tuning seeds; the grid is extended until it lies inside. Runs go to out/answer, those of another recipe beside
-it, to out/answer-1600-steps and the like.
+it, to out/answer-1600-steps and the like. Of another plan these are the grid and each config at its best rate on
+the seeds of the answer; its runs go to out and the name of its folder.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from analysis.tuning import Tuned
 from configurator import ROOT, begin_program, fail, load
 from training.rundir import find_runs
 
-PLAN = 'results/answer/plan.toml'
+PLAN = Path('results/answer/plan.toml')
 DENSE, TWELVE, SIX, TWO = (f'config/train_gpt2{end}.py' for end in ('', '_12comm', '_6comm', '_2comm'))
 PALM = 'config/rivals/train_gpt2_palm.py'
 FIVE = [DENSE, TWELVE, SIX, TWO, PALM]
@@ -38,13 +40,14 @@ class Experiment:
 
     def __init__(self, args, name='', **changes):
         """name: of the folder, after out/answer-. changes: keys of the recipe that differ from the plan's"""
-        plan = tomllib.loads((ROOT / PLAN).read_text(encoding='utf-8'))
+        plan = tomllib.loads((ROOT / args.plan).read_text(encoding='utf-8'))
+        self.configs, self.seeds = plan['configs'], plan['answer_seeds']
         self.tuned = Tuned(plan['tuned'], tuple(plan['tuning_seeds'][:1 if args.small else None]))
         self.grid, self.jobs, self.most_seeds = plan['grid'], args.jobs, 1 if args.small else None
-        self.out = Path('-'.join(['out/answer', *['small'] * args.small, *filter(None, [name])]))
+        self.out = Path('-'.join([f'out/{args.plan.parent.name}', *['small'] * args.small, *filter(None, [name])]))
         with_, file, *flags = plan['recipe'].split()
         self.withs = [with_, file]
-        self.keys = dict(flag.removeprefix('--').split('=') for flag in flags) | dict(plan=PLAN) | changes
+        self.keys = dict(flag.removeprefix('--').split('=') for flag in flags) | dict(plan=args.plan) | changes
         self.keys |= dict(device='cuda') if args.gpu else {}
         self.keys |= {key: SMALL[key] for key in SMALL if args.small}
 
@@ -163,13 +166,19 @@ def main():
     parser.add_argument('--gpu', action='store_true', help='on a GPU: all items, and more seeds')
     parser.add_argument('--small', action='store_true', help='all items, of few steps and a small width')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
+    parser.add_argument('--plan', type=Path, metavar='FILE', default=PLAN, help=f'default: {PLAN}')
     parser.add_argument('--english', type=Path, metavar='FILE', help='English text, for item 9')
     parser.error = lambda message: fail(f'{message}; see python results/answer/run.py --help')
     args = parser.parse_args()
     if args.english and not args.english.is_file():
         fail(f'--english is {args.english}, which is not a file')
-    best = Experiment(args).tune(FIVE)
+    if not (ROOT / args.plan).is_file():
+        fail(f'--plan is {args.plan}, which is not a file')
+    base = Experiment(args)
+    best = base.tune(base.configs)
     print('best rates:', ', '.join(f'{file} {rate:g}' for file, rate in best.items()), flush=True)
+    if args.plan != PLAN:
+        return base.answer(best, base.seeds)
     for item in [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
         print(item.__doc__, flush=True)
         item(args, best)
