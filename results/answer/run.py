@@ -4,13 +4,13 @@ The runs of the tuned answer in the order of plan.toml, each config at its own b
     python results/answer/run.py --jobs 2  # items 1 to 5, on a CPU: 7 hours of two cores
     python results/answer/run.py --gpu --jobs 8 --english FILE.jsonl.xz  # all items, on a GPU
     python results/answer/run.py --small --jobs 2  # all items at a size that takes minutes, one seed: a trial
-    python results/answer/run.py --plan results/gpu/english-384/plan.toml --jobs 5  # another plan, on a GPU
+    python results/answer/run.py --plan results/gpu/english-384/plan.toml --jobs 8  # another plan, on a GPU
 
 What is finished is not done again: the same command goes on after an interruption, and from the runs of
 results/runs.tar.xz, unpacked into out. A config's best rate has the lowest mean validation loss over the
 tuning seeds; the grid is extended until it lies inside. Runs go to out/answer, those of another recipe beside
-it, to out/answer-1600-steps and the like. Of another plan these are the grid and each config at its best rate on
-the seeds of the answer; its runs go to out and the name of its folder.
+it, to out/answer-1600-steps and the like. Of another plan that is its grid, and each config at its best rate on
+the answer's seeds; the runs go to out and the name of the plan's folder.
 """
 
 import argparse
@@ -27,8 +27,6 @@ from training.rundir import find_runs
 
 PLAN = Path('results/answer/plan.toml')
 DENSE, TWELVE, SIX, TWO = (f'config/train_gpt2{end}.py' for end in ('', '_12comm', '_6comm', '_2comm'))
-PALM = 'config/rivals/train_gpt2_palm.py'
-FIVE = [DENSE, TWELVE, SIX, TWO, PALM]
 THREE_SEEDS, SIX_SEEDS = [3, 4, 5], [3, 4, 5, 6, 7, 8]
 SMALL = dict(n_embd=32, n_head=8, max_iters=4, warmup_iters=1, eval_interval=2, eval_tokens=1024,
              eval_train_tokens=1024)
@@ -39,16 +37,17 @@ class Experiment:
     """One recipe, its runs in one folder, each config with a learning rate of its own."""
 
     def __init__(self, args, name='', **changes):
-        """name: of the folder, after out/answer-. changes: keys of the recipe that differ from the plan's"""
+        """name: of the folder, after the plan's. changes: keys of the recipe that differ from the plan's"""
         plan = tomllib.loads((ROOT / args.plan).read_text(encoding='utf-8'))
         self.configs, self.seeds = plan['configs'], plan['answer_seeds']
         self.tuned = Tuned(plan['tuned'], tuple(plan['tuning_seeds'][:1 if args.small else None]))
         self.grid, self.jobs, self.most_seeds = plan['grid'], args.jobs, 1 if args.small else None
-        self.out = Path('-'.join([f'out/{args.plan.parent.name}', *['small'] * args.small, *filter(None, [name])]))
+        folder = args.plan.resolve().parent.name
+        self.out = Path('out') / '-'.join([folder, *['small'] * args.small, *filter(None, [name])])
         with_, file, *flags = plan['recipe'].split()
         self.withs = [with_, file]
-        self.keys = dict(flag.removeprefix('--').split('=') for flag in flags) | dict(plan=args.plan) | changes
-        self.keys |= dict(device='cuda') if args.gpu else {}
+        self.keys = dict(flag.removeprefix('--').split('=') for flag in flags) | dict(plan=args.plan)
+        self.keys |= changes | (dict(device='cuda') if args.gpu else {})
         self.keys |= {key: SMALL[key] for key in SMALL if args.small}
 
     def sweep(self, configs, seeds, rates, *more, **keys):
@@ -83,7 +82,9 @@ class Experiment:
             open_ = {file: tuning.missing for file, tuning in tunings.items()
                      if tuning.missing and len(tuning.means) < MOST_VALUES}
             if not open_:
-                return {file: tuning.best for file, tuning in tunings.items()}
+                best = {file: tuning.best for file, tuning in tunings.items()}
+                print('best rates:', ', '.join(f'{file} {rate:g}' for file, rate in best.items()), flush=True)
+                return best
             for file, rates in open_.items():
                 self.sweep([file], self.tuned.tuning_seeds, rates)
 
@@ -100,7 +101,7 @@ def seeds(args, best):
     """2. Each config at its best rate. With 2 communications a CPU stops at three seeds."""
     base = Experiment(args)
     base.answer(best, THREE_SEEDS)
-    base.answer({file: best[file] for file in FIVE if args.gpu or file != TWO}, SIX_SEEDS)
+    base.answer({file: best[file] for file in best if args.gpu or file != TWO}, SIX_SEEDS)
 
 
 def floor(args, best):
@@ -112,7 +113,7 @@ def tokens(args, best):
     """4. Four times the tokens; on a GPU each config at its best rate there, which lies lower."""
     longer = Experiment(args, '1600-steps', max_iters=1600)
     if args.gpu:
-        longer.answer(longer.tune(FIVE), SIX_SEEDS)
+        longer.answer(longer.tune(longer.configs), SIX_SEEDS)
     else:
         longer.answer({file: best[file] for file in (DENSE, TWELVE)}, [3, 4])
 
@@ -142,7 +143,7 @@ def widths(args, best):
     """8. Widths 128 and 512 at the same head size, each config at its best rate there."""
     for width, heads in (128, 4), (512, 16):
         other = Experiment(args, f'width-{width}', n_embd=width, n_head=heads)
-        other.answer(other.tune(FIVE), THREE_SEEDS)
+        other.answer(other.tune(other.configs), THREE_SEEDS)
 
 
 def english(args, best):
@@ -153,7 +154,7 @@ def english(args, best):
         subprocess.run([sys.executable, 'data/text/prepare.py', f'--input={args.english.resolve()}',
                         '--tokenizer=byte', '--out=data/english'], cwd=ROOT, check=True)
     other = Experiment(args, 'english', dataset='english')
-    other.answer(other.tune(FIVE), THREE_SEEDS)
+    other.answer(other.tune(other.configs), THREE_SEEDS)
 
 
 ON_A_CPU = [seeds, floor, tokens, layer_0]
@@ -176,7 +177,6 @@ def main():
         fail(f'--plan is {args.plan}, which is not a file')
     base = Experiment(args)
     best = base.tune(base.configs)
-    print('best rates:', ', '.join(f'{file} {rate:g}' for file, rate in best.items()), flush=True)
     if args.plan != PLAN:
         return base.answer(best, base.seeds)
     for item in [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
