@@ -65,7 +65,7 @@ def headline(answer, margin, key=None):
     if not answer.tuned:
         start = f'At one {"learning rate" if key in (None, "learning_rate") else key}, untuned: '
     elif answer.edge:
-        start = f'With a best {key} at the edge of its grid: '
+        start = f'With values of {key} still to run: '
     if answer.preliminary:
         start = f'Preliminary, from the tuning seeds: {start}'
     if not answer.tested:
@@ -449,10 +449,10 @@ def tuning(found):
              for value, seeds in sorted(row.tuning.worse.items())]
     if short:
         lines.append('bounded by a worse value that not every tuning seed has run: ' + '; '.join(short))
-    edges = [(row, value) for row in found.rows if row.tuning for value in row.tuning.missing]
-    if edges:
-        lines.insert(0, 'at the edge of its grid, so a better value may lie beyond: ' + '; '.join(
-            f'{row.title}, run {value:g} next' for row, value in edges))
+    missing = [(row, value) for row in found.rows if row.tuning for value in row.tuning.missing]
+    if missing:
+        lines.insert(0, 'a better value may be one that not every tuning seed has run: ' + '; '.join(
+            f'{row.title}, run {value:g} next' for row, value in missing))
     return lines
 
 

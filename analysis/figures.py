@@ -99,10 +99,10 @@ def panels(rows, title, unit, sheet, below='step (updates made)', seeds=None):
         size = max(8, 2.6 * columns), 1.1 + 1.9 * math.ceil(len(rows) / columns)
         room = size[0] / columns - 0.2
     fig, axes = figure(rows, title, sheet, size, len(rows), columns, seeds, sharex=True, sharey=True)
-    for i, (ax, row) in enumerate(zip(axes, rows)):
+    for ax, row in zip(axes, rows):
         name = short_label(row, rows) if sheet.paper else row.label
         ax.set_title(wrapped(name, room), fontsize=7)
-        ax.tick_params(labelsize=7, labelbottom=i + columns >= len(rows))
+        ax.tick_params(labelsize=7, labelbottom=True)  # the last line of panels may be short
     axes[0].xaxis.set_major_locator(MaxNLocator(4 if room > 1.5 else 2, integer=True))
     fig.supxlabel(sheet.wrap(below, 8), fontsize=8)
     fig.supylabel(unit, fontsize=8)

@@ -440,7 +440,7 @@ def plot_tuning(found, sheet=REPORT):
     key, seeds = shown[0].tuning.tuned.key, shown[0].tuning.tuned.tuning_seeds
     fig, axes = panels(shown, f'Loss of the tuning seeds against {key}: the line is their mean, the square '
                        'its lowest; grey is dense', f'validation loss ({loss_unit(shown)})', sheet, key,
-                       f'seeds {", ".join(map(str, seeds))}')
+                       f'seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}')
     values = sorted({value for row in shown for value, own in row.tuning.runs.items()
                      if own.keys() & set(seeds)})
     for ax, row in zip(axes, shown):

@@ -82,20 +82,23 @@ class Tuning:
     @property
     def missing(self):
         """
-        The values to run next, so that the best lies inside the grid; none if it does, or was not chosen.
+        The values to run next on all tuning seeds: those that only some have run, and beyond the grid if the
+        best lies at its edge. None if no best was chosen.
 
         The grid goes on by the factor between its last two values, 2 if there is one value. A value that some
-        tuning seeds have not run bounds it too, if it is worse than the best on all that have.
+        tuning seeds have not run bounds it, and is settled if it is worse than the best on all that have.
         """
         if not self.means or self.best <= 0:
             return []
-        grid = sorted(self.means.keys() | self.diverged | self.worse.keys())
-        place, found = grid.index(self.best), []
+        started = {value for value, own in self.runs.items() if own.keys() & set(self.tuned.tuning_seeds)}
+        found = [*started - self.means.keys() - self.worse.keys() - self.diverged]
+        grid = sorted(started | self.diverged)
+        place = grid.index(self.best)
         if place == 0:
             found.append(self.best / (grid[1] / grid[0] if len(grid) > 1 else 2))
         if place == len(grid) - 1:
             found.append(self.best * (grid[-1] / grid[-2] if len(grid) > 1 else 2))
-        return [float(f'{value:.12g}') for value in found]
+        return sorted(float(f'{value:.12g}') for value in found)
 
     @property
     def worse(self):

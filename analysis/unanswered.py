@@ -76,7 +76,7 @@ def open_questions(found, command):
         if row.tuning and row.tuning.missing:
             seeds = ','.join(map(str, found.tuned.tuning_seeds))
             values = ','.join(f'{value:g}' for value in row.tuning.missing)
-            listed.append(Open(f'the best {found.tuned.key} of {row.title}, now at the edge of its grid',
+            listed.append(Open(f'the best {found.tuned.key} of {row.title}, with values still to run',
                                sweep(row, seed=seeds, **{found.tuned.key: values})))
     if not found.floors:
         listed.append(Open('the noise floor', sweep(dense, seed='1,2,3') + ' --floor'))

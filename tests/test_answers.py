@@ -174,7 +174,7 @@ def test_the_best_at_the_edge_of_its_grid_names_the_rate_to_run_next(tmp_path):
     found = tuned_under(tmp_path)
     assert [row.tuning.missing for row in found.rows] == [[], [8e-3]]
     assert answers.tuning(found)[0].endswith('spd x 12 (tp_size 2), run 0.008 next')
-    assert answers.headlines(found)[0].startswith('With a best learning_rate at the edge of its grid: ')
+    assert answers.headlines(found)[0].startswith('With values of learning_rate still to run: ')
     opened = unanswered.open_questions(found, 'python compare.py')[0]
     assert opened.command == 'python sweep.py --seed=1,2 --learning_rate=0.008'
     # a run that diverged at the next rate bounds the grid
@@ -185,15 +185,17 @@ def test_the_best_at_the_edge_of_its_grid_names_the_rate_to_run_next(tmp_path):
     assert [row.tuning.missing for row in rows] == [[], []]
 
 
-@pytest.mark.parametrize('excess, missing', [(0.03, []), (-0.03, [8e-3])])
-def test_a_value_that_one_tuning_seed_has_tried_bounds_the_grid_if_it_is_worse(tmp_path, excess, missing):
+@pytest.mark.parametrize('rate, beyond', [(8e-3, []), (3.2e-3, [5e-3])], ids=['beyond the grid', 'inside'])
+@pytest.mark.parametrize('excess', [0.03, -0.03])
+def test_a_value_that_one_tuning_seed_has_tried_is_to_run_on_the_others_unless_it_is_worse(
+        tmp_path, excess, rate, beyond):
     write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
     write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)
     at_best = 1.95 + 2 / 10 + 0.002  # write_grid()'s of seed 2
-    write_run(tmp_path, 'one', {2: at_best + excess}, NETS[12], 2, learning_rate=8e-3, min_lr=8e-4)
+    write_run(tmp_path, 'one', {2: at_best + excess}, NETS[12], 2, learning_rate=rate, min_lr=rate / 10)
     found = tuned_under(tmp_path)
-    assert found.rows[1].tuning.missing == missing
-    assert ('spd x 12 (tp_size 2), 0.008 on 2' in answers.tuning(found)[-1]) == (excess > 0)
+    assert found.rows[1].tuning.missing == [rate] * (excess < 0) + beyond
+    assert (f'spd x 12 (tp_size 2), {rate:g} on 2' in answers.tuning(found)[-1]) == (excess > 0)
 
 
 def test_before_any_other_seed_has_finished_the_tuning_seeds_are_shown_as_preliminary(tmp_path, no_plots):

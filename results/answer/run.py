@@ -9,8 +9,8 @@ The runs of the tuned answer in the order of plan.toml, each config at its own b
 What is finished is not done again: the same command goes on after an interruption, and from the runs of
 results/runs.tar.xz, unpacked into out. A config's best rate has the lowest mean validation loss over the
 tuning seeds; the grid is extended until it lies inside. Runs go to out/answer, those of another recipe beside
-it, to out/answer-1600-steps and the like. Of another plan that is its grid, and each config at its best rate on
-the answer's seeds; the runs go to out and the name of the plan's folder.
+it, to out/answer-1600-steps and the like. Another plan has two items, its grid and its answer's seeds; its
+runs go to out and the name of its folder.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from analysis.plan import parse_plan
 from analysis.runs import Run, group, kind_of, read_run
 from analysis.tuning import Tuned
 from configurator import ROOT, begin_program, fail, load
@@ -33,12 +34,26 @@ SMALL = dict(n_embd=32, n_head=8, max_iters=4, warmup_iters=1, eval_interval=2, 
 MOST_VALUES = 8  # in a grid: one that is extended further has no best value inside
 
 
+def read_plan(file):
+    """A plan as a dict. Ends the program, in one line, if it is none to run."""
+    try:
+        text = (ROOT / file).read_text(encoding='utf-8')
+        plan = tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        fail(f'--plan is {file}, which cannot be read: {error}')
+    parse_plan(str(file), '', text)  # refuses wrong keys and values
+    missing = {'recipe', 'configs', 'grid', 'tuned', 'tuning_seeds', 'answer_seeds'} - plan.keys()
+    if missing:
+        fail(f'--plan is {file}, which does not say {min(missing)}')
+    return plan
+
+
 class Experiment:
     """One recipe, its runs in one folder, each config with a learning rate of its own."""
 
     def __init__(self, args, name='', **changes):
         """name: of the folder, after the plan's. changes: keys of the recipe that differ from the plan's"""
-        plan = tomllib.loads((ROOT / args.plan).read_text(encoding='utf-8'))
+        plan = read_plan(args.plan)
         self.configs, self.seeds = plan['configs'], plan['answer_seeds']
         self.tuned = Tuned(plan['tuned'], tuple(plan['tuning_seeds'][:1 if args.small else None]))
         self.grid, self.jobs, self.most_seeds = plan['grid'], args.jobs, 1 if args.small else None
@@ -85,8 +100,8 @@ class Experiment:
                 best = {file: tuning.best for file, tuning in tunings.items()}
                 print('best rates:', ', '.join(f'{file} {rate:g}' for file, rate in best.items()), flush=True)
                 return best
-            for file, rates in open_.items():
-                self.sweep([file], self.tuned.tuning_seeds, rates)
+            for rate in sorted({rate for rates in open_.values() for rate in rates}):
+                self.sweep([file for file in open_ if rate in open_[file]], self.tuned.tuning_seeds, [rate])
 
     def answer(self, best, seeds, *more, **keys):
         """Train each config of {config file: rate} on these seeds, those of one rate together."""
@@ -173,8 +188,6 @@ def main():
     args = parser.parse_args()
     if args.english and not args.english.is_file():
         fail(f'--english is {args.english}, which is not a file')
-    if not (ROOT / args.plan).is_file():
-        fail(f'--plan is {args.plan}, which is not a file')
     base = Experiment(args)
     best = base.tune(base.configs)
     if args.plan != PLAN:
