@@ -441,7 +441,7 @@ def over(trend):
 def tuning(found):
     """Where each config's best value lies, and what the difference to dense is at a common one."""
     lines = []
-    for compared, start in ((True, ''), (False, 'at its only value, not tuned: ')):
+    for compared, start in ((True, ''), (False, 'not tuned: ')):
         own = [f'{row.title} at {row.tuning.best:g}' for row in found.rows
                if row.tuning and row.tuning.compared is compared]
         lines += [start + '; '.join(own)] if own else []

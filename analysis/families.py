@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from scipy.stats import t
 
-from analysis.runs import Estimate, Row, by_note, paired, to_dense
+from analysis.runs import Estimate, Row, by_note, paired
 from analysis.verdicts import (
     ALPHA,
     PASSES,
@@ -190,11 +190,14 @@ class NoiseFloor(NamedTuple):
 
 
 def noise_floors(rows):
+    """Of each perturbed twin that shares seeds with dense at the same value of the tuned key."""
     found = []
     for row in rows:
-        if row.twin and to_dense(row):
-            off = [loss - row.control.losses[seed] for seed, loss in row.losses.items()
-                   if seed in row.control.losses]
+        if not row.twin or row.control is None:
+            continue
+        dense = row.control.tuning.runs.get(row.tuning.best, {}) if row.tuning else row.control.runs
+        off = [run.loss - dense[seed].loss for seed, run in row.runs.items() if seed in dense]
+        if off:
             found.append(NoiseFloor(row, math.sqrt(statistics.mean(one ** 2 for one in off)),
                                     max(map(abs, off)), len(off)))
     return found

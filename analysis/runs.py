@@ -447,6 +447,8 @@ def group(runs, level=None, predict=None, tuned=None, diverged=()):
             run.config[tuned.key] for run in diverged
             if kind_of(run) == kind and json.dumps(settings(run, free), sort_keys=True) == key})
             for kind, values in kinds.items()} if tuned else {}
+        for grid in grids.values():
+            grid.follow(grids.get('dense'))
         rows += make_rows(kinds, grids, json.loads(key), level, predict, mixed, names)
     # sizes in their order: n_embd 64 before n_embd 128
     return sorted(rows, key=lambda row: (row.first.info['parameters'], row.first.config['max_iters'],

@@ -69,6 +69,11 @@ class Tuning:
         if self.best is None and len(self.runs) == 1:
             self.best = next(iter(self.runs))
 
+    def follow(self, control):
+        """With no runs to choose by, as of a perturbed twin: be at the control's best, if it was run."""
+        if not self.means and control and control.best in self.runs:
+            self.best = control.best
+
     @property
     def compared(self):
         """Whether several values were compared, so that the best was chosen."""

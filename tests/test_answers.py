@@ -168,6 +168,19 @@ def test_each_config_is_judged_at_its_own_best_rate_on_seeds_that_did_not_choose
     assert dense.tuning.sensitivity(values) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize('rates', [[2e-3], [1e-3], [1e-3, 2e-3]])
+def test_the_noise_floor_is_against_dense_at_the_same_rate_its_best_if_the_twin_has_that(tmp_path, rates):
+    write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
+    write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)
+    write_run(tmp_path, 'slow', {3: 2.4}, NETS[24], 1, learning_rate=1e-3, min_lr=1e-4)
+    dense = {1e-3: 2.4, 2e-3: 2.0 + 3 / 10 + 0.002}  # of seed 3
+    for rate in rates:
+        write_run(tmp_path, f'twin{rate}', {3: dense[rate] + rate}, NETS[24], 1, perturb=0.001,
+                  learning_rate=rate, min_lr=rate / 10)
+    floor, = tuned_under(tmp_path).floors
+    assert floor.size == pytest.approx(rates[-1])
+
+
 def test_the_best_at_the_edge_of_its_grid_names_the_rate_to_run_next(tmp_path):
     write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
     write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)

@@ -257,7 +257,7 @@ def test_outputs_agree(tmp_path, capsys):
     assert [run['state'] for run in found['unfinished']] == [lines[3]['state']]
     assert not (out / 'drift.svg').exists()
     for name in ('loss_vs_communications', 'paired_differences', 'training_curves', 'tokens_per_sec'):
-        assert (out / f'{name}.png').read_bytes().startswith(b'\x89PNG') and f']({name}.png)' in text
+        assert (out / f'{name}.png').read_bytes().startswith(b'\x89PNG') and f'`{name}.png`' in text
         assert '</svg>' in (out / f'{name}.svg').read_text()
     # one file, without scripts
     assert not re.search('https?:', page) and '<4>' not in page
