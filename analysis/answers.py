@@ -451,8 +451,8 @@ def tuning(found):
         lines.append('bounded by a worse value that not every tuning seed has run: ' + '; '.join(short))
     missing = [(row, value) for row in found.rows if row.tuning for value in row.tuning.missing]
     if missing:
-        lines.insert(0, 'a better value may be one that not every tuning seed has run: ' + '; '.join(
-            f'{row.title}, run {value:g} next' for row, value in missing))
+        lines.insert(0, 'a better value may be among those still to run: ' + '; '.join(
+            f'{row.title}, {value:g}' for row, value in missing))
     return lines
 
 

@@ -133,7 +133,7 @@ class Answer:
     seeds: int | None  # that would show the next one, if it equals dense; None if nothing is left to show
     tuned: bool  # whether each config is at its own best of several values
     preliminary: bool
-    edge: bool  # whether dense, or a net up to the answer, is at its best at the edge of its grid
+    edge: bool  # whether dense, or a net up to the answer, has values of the tuned key still to run
 
     @property
     def first_failure(self):
@@ -190,16 +190,16 @@ class NoiseFloor(NamedTuple):
 
 
 def noise_floors(rows):
-    """Of each perturbed twin that shares seeds with dense at the same value of the tuned key."""
+    """Of each perturbed twin; all seeds count, for neither it nor dense was chosen by their difference."""
     found = []
     for row in rows:
-        if not row.twin or row.control is None:
-            continue
-        dense = row.control.tuning.runs.get(row.tuning.best, {}) if row.tuning else row.control.runs
-        off = [run.loss - dense[seed].loss for seed, run in row.runs.items() if seed in dense]
-        if off:
-            found.append(NoiseFloor(row, math.sqrt(statistics.mean(one ** 2 for one in off)),
-                                    max(map(abs, off)), len(off)))
+        if row.twin and row.control:
+            own, dense = ((one.tuning.runs[row.tuning.best] if row.tuning else one.runs)
+                          for one in (row, row.control))
+            off = [own[seed].loss - dense[seed].loss for seed in own.keys() & dense.keys()]
+            if off:
+                found.append(NoiseFloor(row, math.sqrt(statistics.mean(one ** 2 for one in off)),
+                                        max(map(abs, off)), len(off)))
     return found
 
 

@@ -102,7 +102,7 @@ def panels(rows, title, unit, sheet, below='step (updates made)', seeds=None):
     for ax, row in zip(axes, rows):
         name = short_label(row, rows) if sheet.paper else row.label
         ax.set_title(wrapped(name, room), fontsize=7)
-        ax.tick_params(labelsize=7, labelbottom=True)  # the last line of panels may be short
+        ax.tick_params(labelsize=7, labelbottom=True)  # also with a panel below: all read alike
     axes[0].xaxis.set_major_locator(MaxNLocator(4 if room > 1.5 else 2, integer=True))
     fig.supxlabel(sheet.wrap(below, 8), fontsize=8)
     fig.supylabel(unit, fontsize=8)

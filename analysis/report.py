@@ -167,7 +167,7 @@ def markdown(found, report, plots):
     lines += ['', '## What these runs cannot answer', ''] if report.open else []
     lines += [f'- {question}: `{command}`' for question, command in report.open] + ['']
     lines += ['## Notes', '', *(f'- {note}' for note in report.notes), ''] if report.notes else []
-    # named, not shown: who keeps the table need not keep them all
+    # named, not shown: whoever keeps the table may not keep every plot
     lines += ['## Plots', '', *(f'- `{name}.png`: {caption}' for name, caption in plots.items()), '']
     return '\n'.join([*lines, 'Made by:', '', f'    {report.command}', ''])
 

@@ -273,6 +273,12 @@ def is_dense(run):
     return run.config['tp_size'] == 1 and all_layers_tp(run)
 
 
+def is_twin(run):
+    """Whether a run is a dense control with perturbed initial weights, for the noise floor."""
+    one_rank = run.config['tp_size'] == 1 and set(run.config['block_types']) == {'tp'}
+    return one_rank and variation(run).keys() == {'perturb'}
+
+
 def is_all_tp(run):
     """Whether a run is tensor-parallel and syncs wherever Megatron does: equal to dense, up to rounding."""
     return run.config['tp_size'] > 1 and all_layers_tp(run)
@@ -345,8 +351,7 @@ class Row:
     @property
     def twin(self):
         """What to call it if it is a dense control with perturbed initial weights; '' if it is not."""
-        twin = self.tp_size == 1 and set(self.block_types) == {'tp'} and set(self.variation) == {'perturb'}
-        return f'dense, weights perturbed by {self.variation["perturb"]:g}' if twin else ''
+        return f'dense, weights perturbed by {self.variation["perturb"]:g}' if is_twin(self.first) else ''
 
     @property
     def whole(self):
@@ -447,8 +452,9 @@ def group(runs, level=None, predict=None, tuned=None, diverged=()):
             run.config[tuned.key] for run in diverged
             if kind_of(run) == kind and json.dumps(settings(run, free), sort_keys=True) == key})
             for kind, values in kinds.items()} if tuned else {}
-        for grid in grids.values():
-            grid.follow(grids.get('dense'))
+        for kind, grid in grids.items():
+            if is_twin(next(iter(next(iter(kinds[kind].values())).values()))):
+                grid.follow(grids.get('dense'))
         rows += make_rows(kinds, grids, json.loads(key), level, predict, mixed, names)
     # sizes in their order: n_embd 64 before n_embd 128
     return sorted(rows, key=lambda row: (row.first.info['parameters'], row.first.config['max_iters'],
@@ -473,7 +479,8 @@ def choose_runs(kinds, grids):
     if not grids:
         return {kind: values[None] for kind, values in kinds.items()}, False
     chosen = {kind: grid.chosen(for_answer=True) for kind, grid in grids.items()}
-    preliminary = not chosen.get('dense') or sum(map(bool, chosen.values())) < 2
+    preliminary = not chosen.get('dense') or sum(
+        bool(chosen[kind]) for kind, grid in grids.items() if not grid.twin) < 2
     if preliminary:
         chosen = {kind: grid.chosen(for_answer=False) or chosen[kind] for kind, grid in grids.items()}
     return {kind: seeds for kind, seeds in chosen.items() if seeds}, preliminary

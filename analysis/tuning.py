@@ -59,6 +59,7 @@ class Tuning:
     diverged: set = field(default_factory=set)  # values at which a run of it diverged
     means: dict = field(init=False)  # value -> mean loss over the tuning seeds, if all of them finished
     best: float | None = field(init=False)  # None: several values, and none has every tuning seed
+    twin: bool = field(init=False, default=False)  # whether it is dense's perturbed twin
 
     def __post_init__(self):
         seeds = self.tuned.tuning_seeds
@@ -69,10 +70,10 @@ class Tuning:
         if self.best is None and len(self.runs) == 1:
             self.best = next(iter(self.runs))
 
-    def follow(self, control):
-        """With no runs to choose by, as of a perturbed twin: be at the control's best, if it was run."""
-        if not self.means and control and control.best in self.runs:
-            self.best = control.best
+    def follow(self, dense):
+        """Be at the best value of dense, whose perturbed twin this is, or at none. A twin chooses nothing."""
+        self.twin, self.means = True, {}
+        self.best = dense.best if dense and dense.best in self.runs else None
 
     @property
     def compared(self):
@@ -91,7 +92,8 @@ class Tuning:
         best lies at its edge. None if no best was chosen.
 
         The grid goes on by the factor between its last two values, 2 if there is one value. A value that some
-        tuning seeds have not run bounds it, and is settled if it is worse than the best on all that have.
+        tuning seeds have not run bounds it, and is settled if it is worse than the best on all that have, or
+        has diverged.
         """
         if not self.means or self.best <= 0:
             return []

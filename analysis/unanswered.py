@@ -34,11 +34,10 @@ def sweep(row, configs='', **grid):
 
 
 def seeds_to_run(n, tuned):
-    """The seeds for an answer, as text: those that the plan names, else the first n not used for tuning."""
-    if tuned and tuned.answer_seeds:
-        return ','.join(map(str, tuned.answer_seeds))
-    used = tuned.tuning_seeds if tuned else ()
-    return ','.join(map(str, islice((seed for seed in count(1) if seed not in used), n)))
+    """At least n seeds for an answer, as text: those that the plan names, then others not used for tuning."""
+    planned, used = (tuned.answer_seeds, tuned.tuning_seeds) if tuned else ((), ())
+    others = (seed for seed in count(1) if seed not in (*planned, *used))
+    return ','.join(map(str, (*planned, *islice(others, max(0, n - len(planned))))))
 
 
 def pairing(row, seeds):
@@ -75,11 +74,11 @@ def open_questions(found, command):
     for row in rows:
         if row.tuning and row.tuning.missing:
             seeds = ','.join(map(str, found.tuned.tuning_seeds))
-            values = ','.join(f'{value:g}' for value in row.tuning.missing)
+            values = ','.join(f'{value:.12g}' for value in row.tuning.missing)
             listed.append(Open(f'the best {found.tuned.key} of {row.title}, with values still to run',
                                sweep(row, seed=seeds, **{found.tuned.key: values})))
     if not found.floors:
-        listed.append(Open('the noise floor', sweep(dense, seed='1,2,3') + ' --floor'))
+        listed.append(Open('the noise floor', sweep(dense, seed=seeds_to_run(3, found.tuned)) + ' --floor'))
     if not any(in_scope(row.first) for row in rows):
         listed.append(Open(f"the guide's thresholds, which are for {GUIDE_SCOPE}",
                            'python sweep.py --max_iters=20000'))

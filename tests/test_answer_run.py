@@ -65,7 +65,9 @@ def test_configs_are_tuned_together_until_the_best_lies_inside_and_then_judged_o
     (None, 'which cannot be read'),
     ('grid = [', 'which cannot be read'),
     (PLAN.replace('grid', 'gird'), 'a plan has no key gird; grid?'),
-    (PLAN.replace('grid = [1e-3, 2e-3]\n', ''), 'which does not say grid')])
+    (PLAN.replace('grid = [1e-3, 2e-3]\n', ''), 'a plan to run says its grid'),
+    (PLAN.replace('[1e-3, 2e-3]', '[]'), 'a plan to run says its grid'),
+    (PLAN.replace('--with config/cpu.py', 'config/cpu.py'), "recipe is 'config/cpu.py --max_iters=20'")])
 def test_what_is_no_plan_to_run_is_refused_in_one_line(tmp_path, text, said):
     file = tmp_path / 'plan.toml'
     if text is not None:

@@ -168,17 +168,30 @@ def test_each_config_is_judged_at_its_own_best_rate_on_seeds_that_did_not_choose
     assert dense.tuning.sensitivity(values) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize('rates', [[2e-3], [1e-3], [1e-3, 2e-3]])
-def test_the_noise_floor_is_against_dense_at_the_same_rate_its_best_if_the_twin_has_that(tmp_path, rates):
+@pytest.mark.parametrize('rates, seeds, floors', [
+    ([2e-3], [3], [0.002]), ([1e-3, 2e-3], [1, 2, 3], [0.002]), ([1e-3], [3], [])])
+def test_a_perturbed_twin_is_at_the_best_rate_of_dense_and_chooses_none(tmp_path, rates, seeds, floors):
     write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
-    write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)
-    write_run(tmp_path, 'slow', {3: 2.4}, NETS[24], 1, learning_rate=1e-3, min_lr=1e-4)
-    dense = {1e-3: 2.4, 2e-3: 2.0 + 3 / 10 + 0.002}  # of seed 3
-    for rate in rates:
-        write_run(tmp_path, f'twin{rate}', {3: dense[rate] + rate}, NETS[24], 1, perturb=0.001,
-                  learning_rate=rate, min_lr=rate / 10)
-    floor, = tuned_under(tmp_path).floors
-    assert floor.size == pytest.approx(rates[-1])
+    write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2, rates=(1e-3, 2e-3, 4e-3, 8e-3))
+    write_run(tmp_path, 'slow', {3: 2.402}, NETS[24], 1, learning_rate=1e-3, min_lr=1e-4)
+    for rate in rates:  # at 1e-3 it would be far better than dense, and than itself at 2e-3
+        losses = {seed: 2.0 + seed / 10 + 0.002 * (-1) ** (seed + 1) + (0.002 if rate == 2e-3 else -0.5)
+                  for seed in seeds}
+        write_run(tmp_path, f'twin{rate}', losses, NETS[24], 1, perturb=0.001, learning_rate=rate,
+                  min_lr=rate / 10)
+    found = tuned_under(tmp_path)
+    assert [floor.size for floor in found.floors] == [pytest.approx(size) for size in floors]
+    assert [floor.n for floor in found.floors] == [len(seeds)] * len(floors)
+    assert not any(row.tuning.missing for row in found.rows)
+
+
+def test_a_perturbed_twin_with_answer_seeds_does_not_hide_the_configs_that_have_none_yet(tmp_path):
+    for name, types, tp_size in (('dense', NETS[24], 1), ('12comm', NETS[12], 2)):
+        write_run(tmp_path, name, {1: 2.0, 2: 2.1}, types, tp_size, learning_rate=2e-3, min_lr=2e-4)
+    write_run(tmp_path, 'late', {3: 2.2}, NETS[24], 1, learning_rate=2e-3, min_lr=2e-4)
+    write_run(tmp_path, 'twin', {3: 2.2}, NETS[24], 1, perturb=0.001, learning_rate=2e-3, min_lr=2e-4)
+    rows = tuned_under(tmp_path).rows
+    assert rows[0].preliminary and 'spd x 12' in {row.blocks for row in rows}
 
 
 def test_the_best_at_the_edge_of_its_grid_names_the_rate_to_run_next(tmp_path):
@@ -186,7 +199,7 @@ def test_the_best_at_the_edge_of_its_grid_names_the_rate_to_run_next(tmp_path):
     write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2)
     found = tuned_under(tmp_path)
     assert [row.tuning.missing for row in found.rows] == [[], [8e-3]]
-    assert answers.tuning(found)[0].endswith('spd x 12 (tp_size 2), run 0.008 next')
+    assert answers.tuning(found)[0].endswith('spd x 12 (tp_size 2), 0.008')
     assert answers.headlines(found)[0].startswith('With values of learning_rate still to run: ')
     opened = unanswered.open_questions(found, 'python compare.py')[0]
     assert opened.command == 'python sweep.py --seed=1,2 --learning_rate=0.008'

@@ -14,6 +14,8 @@ runs go to out and the name of its folder.
 """
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -40,11 +42,14 @@ def read_plan(file):
         text = (ROOT / file).read_text(encoding='utf-8')
         plan = tomllib.loads(text)
     except (OSError, ValueError) as error:
-        fail(f'--plan is {file}, which cannot be read: {error}')
+        fail(f'--plan is {file}, which cannot be read: {getattr(error, "strerror", error)}')
     parse_plan(str(file), '', text)  # refuses wrong keys and values
-    missing = {'recipe', 'configs', 'grid', 'tuned', 'tuning_seeds', 'answer_seeds'} - plan.keys()
-    if missing:
-        fail(f'--plan is {file}, which does not say {min(missing)}')
+    for key in 'recipe', 'configs', 'grid', 'tuned', 'tuning_seeds', 'answer_seeds':
+        if not plan.get(key):
+            fail(f'{file}: a plan to run says its {key}')
+    first, *flags = plan['recipe'].removeprefix('--with ').split()
+    if not plan['recipe'].startswith('--with ') or not all(re.match('--[a-z_0-9]+=', flag) for flag in flags):
+        fail(f"{file}: recipe is {plan['recipe']!r}, it must be as in '--with config/cpu.py --n_embd=256'")
     return plan
 
 
@@ -57,7 +62,7 @@ class Experiment:
         self.configs, self.seeds = plan['configs'], plan['answer_seeds']
         self.tuned = Tuned(plan['tuned'], tuple(plan['tuning_seeds'][:1 if args.small else None]))
         self.grid, self.jobs, self.most_seeds = plan['grid'], args.jobs, 1 if args.small else None
-        folder = args.plan.resolve().parent.name
+        folder = args.plan.parent.name
         self.out = Path('out') / '-'.join([folder, *['small'] * args.small, *filter(None, [name])])
         with_, file, *flags = plan['recipe'].split()
         self.withs = [with_, file]
@@ -66,9 +71,12 @@ class Experiment:
         self.keys |= {key: SMALL[key] for key in SMALL if args.small}
 
     def sweep(self, configs, seeds, rates, *more, **keys):
-        """Train these configs, without a dense control that is not named. Ends the program if a run fails."""
+        """
+        Train these configs at these rates, or values of another tuned key, and no dense control besides. Ends
+        the program if a run fails.
+        """
         keys = self.keys | keys | dict(seed=','.join(map(str, seeds[:self.most_seeds])),
-                                       learning_rate=','.join(f'{rate:g}' for rate in rates))
+                                       **{self.tuned.key: ','.join(f'{rate:.12g}' for rate in rates)})
         words = [*configs, *self.withs, *(f'--{key}={value}' for key, value in keys.items()), *more,
                  '--without_dense', f'--jobs={self.jobs}', f'--out={self.out}']
         print('$ python sweep.py', *words, flush=True)
@@ -80,13 +88,19 @@ class Experiment:
         """{config file: its Tuning} over the finished runs of the tuning seeds."""
         folders, _ = find_runs([ROOT / self.out])
         runs = [run for run in map(read_run, folders)
-                if not run.trouble and run.config['seed'] in self.tuned.tuning_seeds]
-        found = {kind_of(row.first): row.tuning for row in group(runs, tuned=self.tuned)}
-        return {file: found[kind_of(self.as_run(file))] for file in configs}
+                if run.info and run.config['seed'] in self.tuned.tuning_seeds]
+        rows = group([run for run in runs if not run.trouble], tuned=self.tuned,
+                     diverged=[run for run in runs if run.trouble.startswith('diverged')])
+        found = {kind_of(row.first): row.tuning for row in rows}
+        kinds = {file: kind_of(self.as_run(file)) for file in configs}
+        for file, kind in kinds.items():
+            if kind not in found or found[kind].best is None:
+                fail(f'{file} has diverged at each {self.tuned.key} of the grid, which needs other values')
+        return {file: found[kind] for file, kind in kinds.items()}
 
     def as_run(self, file):
         keys = [f'--{key}={value}' for key, value in self.keys.items()]
-        control = ['--tp_size=1'] if file == DENSE else []
+        control = ['--tp_size=1'] if load([file]).tp_size == 1 else []
         return Run(None, dict(config=vars(load([file, self.withs[1], *keys, *control]))), {}, {})
 
     def tune(self, configs):
@@ -182,12 +196,16 @@ def main():
     parser.add_argument('--gpu', action='store_true', help='on a GPU: all items, and more seeds')
     parser.add_argument('--small', action='store_true', help='all items, of few steps and a small width')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; default: 1')
-    parser.add_argument('--plan', type=Path, metavar='FILE', default=PLAN, help=f'default: {PLAN}')
+    parser.add_argument('--plan', type=Path, metavar='FILE', default=ROOT / PLAN,
+                        help=f'default: {PLAN}')
     parser.add_argument('--english', type=Path, metavar='FILE', help='English text, for item 9')
     parser.error = lambda message: fail(f'{message}; see python results/answer/run.py --help')
     args = parser.parse_args()
     if args.english and not args.english.is_file():
         fail(f'--english is {args.english}, which is not a file')
+    args.plan = Path(os.path.relpath(args.plan.resolve(), ROOT))
+    if args.plan != PLAN and (args.gpu or args.small or args.english):
+        fail(f'--gpu, --small and --english are for the items of {PLAN}, --plan is {args.plan}')
     base = Experiment(args)
     best = base.tune(base.configs)
     if args.plan != PLAN:
