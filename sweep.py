@@ -183,10 +183,14 @@ def plan(files, withs, grid, out, floor=False, without_dense=False):
     def add(args, keys, end='', dense=False):
         config = load(args)
         # the name of a file speaks of its blocks, which a flag has changed
-        name = name_run(config, keys.keys() & (varied | BLOCKS), end)
-        if taken := there.get(out / name):  # by a run of another value, if it is not this one
-            changed = differences(taken['config'], vars(config)).keys() & keys.keys()
-            name = name_run(config, keys.keys() & (varied | BLOCKS | changed), end)
+        tags = keys.keys() & (varied | BLOCKS)
+        name = name_run(config, tags, end)
+        while taken := there.get(out / name):  # by a run of other values, if it is not this one
+            changed = differences(taken['config'], vars(config)).keys() & keys.keys() - tags
+            if not changed:
+                break
+            tags |= changed
+            name = name_run(config, tags, end)
         args = [*args, f'--wandb_run_name={name}', f'--out_dir={out / name}']
         twin = runs.setdefault(name, Run(args, load(args), dense))
         if twin.args != args:

@@ -110,6 +110,14 @@ def test_a_name_that_another_value_has_taken_gets_this_ones(tmp_path):
     assert names(planned(tmp_path, '--learning_rate=1e-3')) == ['cpu', '12comm-cpu']
 
 
+def test_a_name_that_is_taken_twice_over_gets_the_keys_that_tell_it_from_both(tmp_path):
+    for flags in ['--learning_rate=1e-3', '--seed=5'], ['--learning_rate=2e-3']:
+        for run in planned(tmp_path, *flags):
+            write_info(run, 'finished', 400)
+    assert names(planned(tmp_path, '--learning_rate=2e-3', '--seed=5')) == [
+        'cpu-learning_rate=0.002-seed5', '12comm-cpu-learning_rate=0.002-seed5']
+
+
 def test_dense_controls_are_left_out_unless_they_are_named(tmp_path):
     assert names(planned(tmp_path, '--seed=1,2', without_dense=True)) == [
         '12comm-cpu-seed1', '12comm-cpu-seed2']
