@@ -218,13 +218,19 @@ def find_tuned(args, plan):
     return Tuned(key, seeds, plan.answer_seeds if plan else ())
 
 
-def departures(args, plan):
-    """Where the flags depart from the plan, as lines."""
+def departures(args, plan, rows):
+    """Where the flags, and the values at which configs are judged, depart from the plan, as lines."""
     if plan is None:
         return []
-    return [f'--{key} is {getattr(args, key)}, the plan says {getattr(plan, key)}: so all is exploratory'
-            for key in ('margin', 'tuned', 'tuning_seeds')
-            if getattr(args, key) not in (None, ()) and getattr(args, key) != getattr(plan, key)]
+    lines = [f'--{key} is {getattr(args, key)}, the plan says {getattr(plan, key)}: so all is exploratory'
+             for key in ('margin', 'tuned', 'tuning_seeds')
+             if getattr(args, key) not in (None, ()) and getattr(args, key) != getattr(plan, key)]
+    if plan.grid and not lines:
+        between = sorted({row.tuning.best for row in rows if row.tuning} - set(plan.grid))
+        grid = ', '.join(f'{value:g}' for value in plan.grid)
+        lines = [f"{plan.tuned} {value:g} is between those of the plan, {grid}: so all is exploratory"
+                 for value in between if min(plan.grid) < value < max(plan.grid)]
+    return lines
 
 
 def label_rows(rows, labels):
@@ -268,7 +274,7 @@ def main(argv):
     found = find_all(rows, args.margin or (plan and plan.margin) or MARGIN, tuned, plan, link, args.pair)
     label_rows(rows, args.labels)
     command = shlex.join(['python', 'compare.py', *argv])
-    report = Report(command, headlines(found), departures(args, plan) or exploratory(found),
+    report = Report(command, headlines(found), departures(args, plan, rows) or exploratory(found),
                     answers(found), open_questions(found, command), notes, unfinished)
     print(screen(found, report))
     try:

@@ -3,6 +3,7 @@ The plan of an experiment: a TOML file, committed before the first run, that eve
 
     margin = 0.02                       # nats: how far above dense is still as good
     tuned = 'learning_rate'             # each config at its own best value of this key,
+    grid = [1e-3, 2e-3, 4e-3]           # among these; beyond them, where the best lies at an end
     tuning_seeds = [1, 2]               # chosen on these seeds
     answer_seeds = [3, 4, 5]            # and judged on these
     configs = ['config/train_gpt2.py']  # what is judged against dense
@@ -22,6 +23,7 @@ from configurator import ROOT, fail, load, stages
 KEYS = dict(
     margin=(lambda value: is_number(value) and value > 0, 'a number of nats, above 0'),
     tuned=(lambda value: isinstance(value, str), 'a key of train.py, as text'),
+    grid=(lambda value: isinstance(value, list) and all(map(is_number, value)), 'a list of numbers'),
     tuning_seeds=(lambda value: is_list(value, int), 'a list of seeds'),
     answer_seeds=(lambda value: is_list(value, int), 'a list of seeds'),
     configs=(lambda value: is_list(value, str), 'a list of config files'),
@@ -29,7 +31,7 @@ KEYS = dict(
                                                             for pair in value),
                  "a list of pairs of patterns, as in [['spd x 12', 'palm x 12']]"),
 )
-TEXT = ('question', 'recipe', 'grid', 'items', 'expected', 'refuted_if')
+TEXT = ('question', 'recipe', 'items', 'expected', 'refuted_if')
 
 
 def is_number(value):
@@ -47,6 +49,7 @@ class Plan:
     sha256: str
     margin: float | None = None
     tuned: str | None = None
+    grid: tuple = ()
     tuning_seeds: tuple = ()
     answer_seeds: tuple = ()
     configs: tuple = ()

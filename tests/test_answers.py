@@ -313,6 +313,18 @@ def test_under_a_flag_that_departs_from_the_plan_nothing_is_called_planned(tmp_p
     assert found['planned'] == ['--margin is 0.05, the plan says 0.03: so all is exploratory']
 
 
+@pytest.mark.parametrize('grid, said', [
+    ('[1e-3, 4e-3]', ['learning_rate 0.002 is between those of the plan, 0.001, 0.004: so all is exploratory']),
+    ('[1e-3, 2e-3]', None),  # 12comm's best, 4e-3, is beyond the grid, which goes on to it
+    ('[1e-3, 2e-3, 4e-3]', None)])
+def test_a_best_value_between_those_of_the_plan_is_exploratory(tmp_path, no_plots, grid, said):
+    text = f"tuned = 'learning_rate'\ntuning_seeds = [1, 2]\ngrid = {grid}\n" + PLAN
+    write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1, **carried(text))
+    write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2, **carried(text))
+    found = json.loads((compare_all(tmp_path) / 'table.json').read_text())
+    assert found['planned'] == said or said is None and found['planned'][0].startswith('planned in plan.toml')
+
+
 def test_runs_of_two_plans_are_exploratory(tmp_path):
     write_planned(tmp_path)
     write_nets(tmp_path, {8: 0.0}, dense=False,
@@ -326,7 +338,8 @@ def test_runs_of_two_plans_are_exploratory(tmp_path):
     ('margin = 0', 'above 0'), ('tuning_seeds = [1, "2"]', 'must be a list of seeds'),
     ('tuning_seeds = [1]\nanswer_seeds = [1, 2]', 'seed 1 is in tuning_seeds and in answer_seeds'),
     ('comparisons = [["a"]]', 'must be a list of pairs'), ('configs = ["config/none.py"]', 'not a file in'),
-    ('tuned = 3', 'must be a key of train.py'), ('margin', 'not TOML')])
+    ('grid = [1e-3, "2e-3"]', 'must be a list of numbers'), ('tuned = 3', 'must be a key of train.py'),
+    ('margin', 'not TOML')])
 def test_a_plan_with_a_mistake_is_refused(tmp_path, text, message):
     write_run(tmp_path, 'dense', DENSE, tp_size=1, **carried(text))
     line = refused(tmp_path, f'--out={tmp_path / "cmp"}')
