@@ -228,7 +228,7 @@ def departures(args, plan, rows):
     if plan.grid and not lines:
         between = sorted({row.tuning.best for row in rows if row.tuning} - set(plan.grid))
         grid = ', '.join(f'{value:g}' for value in plan.grid)
-        lines = [f"{plan.tuned} {value:g} is between those of the plan, {grid}: so all is exploratory"
+        lines = [f'{plan.tuned} {value:g} is between those of the plan, {grid}: so all is exploratory'
                  for value in between if min(plan.grid) < value < max(plan.grid)]
     return lines
 

@@ -314,7 +314,8 @@ def test_under_a_flag_that_departs_from_the_plan_nothing_is_called_planned(tmp_p
 
 
 @pytest.mark.parametrize('grid, said', [
-    ('[1e-3, 4e-3]', ['learning_rate 0.002 is between those of the plan, 0.001, 0.004: so all is exploratory']),
+    ('[1e-3, 4e-3]',
+     ['learning_rate 0.002 is between those of the plan, 0.001, 0.004: so all is exploratory']),
     ('[1e-3, 2e-3]', None),  # 12comm's best, 4e-3, is beyond the grid, which goes on to it
     ('[1e-3, 2e-3, 4e-3]', None)])
 def test_a_best_value_between_those_of_the_plan_is_exploratory(tmp_path, no_plots, grid, said):
