@@ -445,7 +445,7 @@ def group(runs, level=None, predict=None, tuned=None, diverged=()):
         if twin is not run:
             fail(f'{twin.folder} and {run.folder} are one run twice, of seed {run.config["seed"]}: name one')
     for kinds in recipes.values():
-        names.update(next(iter(next(iter(values.values())).values())).name for values in kinds.values())
+        names.update(first_run(values).name for values in kinds.values())
     rows = []
     for key, kinds in recipes.items():
         grids = {kind: Tuning(tuned, values, {
@@ -453,13 +453,18 @@ def group(runs, level=None, predict=None, tuned=None, diverged=()):
             if kind_of(run) == kind and json.dumps(settings(run, free), sort_keys=True) == key})
             for kind, values in kinds.items()} if tuned else {}
         for kind, grid in grids.items():
-            if is_twin(next(iter(next(iter(kinds[kind].values())).values()))):
+            if is_twin(first_run(kinds[kind])):
                 grid.follow(grids.get('dense'))
         rows += make_rows(kinds, grids, json.loads(key), level, predict, mixed, names)
     # sizes in their order: n_embd 64 before n_embd 128
     return sorted(rows, key=lambda row: (row.first.info['parameters'], row.first.config['max_iters'],
                                          row.note, not row.dense, -row.communications, row.tp_size,
                                          row.varied, row.other_types, row.name))
+
+
+def first_run(values):
+    """One run of a config, {value of the tuned key: {seed: Run}}."""
+    return next(iter(next(iter(values.values())).values()))
 
 
 def kind_of(run):

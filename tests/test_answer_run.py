@@ -51,7 +51,7 @@ def test_configs_are_tuned_together_until_the_best_lies_inside_and_then_judged_o
     args = SimpleNamespace(plan=tmp_path / 'plan.toml', jobs=2, gpu=False, small=False)
     experiment = script.Experiment(args)
     experiment.out = tmp_path / 'runs'
-    best = experiment.tune(experiment.configs)
+    best = experiment.tune()
     assert best == {DENSE: 2e-3, TWELVE: 8e-3}
     both = [DENSE, TWELVE]
     assert swept == [(both, [1], [1e-3, 2e-3]), (both, [1], [4e-3]), ([TWELVE], [1], [8e-3]),
@@ -67,6 +67,7 @@ def test_configs_are_tuned_together_until_the_best_lies_inside_and_then_judged_o
     (PLAN.replace('grid', 'gird'), 'a plan has no key gird; grid?'),
     (PLAN.replace('grid = [1e-3, 2e-3]\n', ''), 'a plan to run says its grid'),
     (PLAN.replace('[1e-3, 2e-3]', '[]'), 'a plan to run says its grid'),
+    (PLAN.replace('config/cpu.py --max_iters=20', ''), "recipe is '--with '"),
     (PLAN.replace('--with config/cpu.py', 'config/cpu.py'), "recipe is 'config/cpu.py --max_iters=20'")])
 def test_what_is_no_plan_to_run_is_refused_in_one_line(tmp_path, text, said):
     file = tmp_path / 'plan.toml'

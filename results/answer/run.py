@@ -47,8 +47,7 @@ def read_plan(file):
     for key in 'recipe', 'configs', 'grid', 'tuned', 'tuning_seeds', 'answer_seeds':
         if not plan.get(key):
             fail(f'{file}: a plan to run says its {key}')
-    first, *flags = plan['recipe'].removeprefix('--with ').split()
-    if not plan['recipe'].startswith('--with ') or not all(re.match('--[a-z_0-9]+=', flag) for flag in flags):
+    if not re.fullmatch(r'--with [^-\s]\S*( --[a-z_0-9]+=[^=\s]+)*', plan['recipe']):
         fail(f"{file}: recipe is {plan['recipe']!r}, it must be as in '--with config/cpu.py --n_embd=256'")
     return plan
 
@@ -84,7 +83,7 @@ class Experiment:
         if status:
             sys.exit(status)
 
-    def tunings(self, configs):
+    def tunings(self):
         """{config file: its Tuning} over the finished runs of the tuning seeds."""
         folders, _ = find_runs([ROOT / self.out])
         runs = [run for run in map(read_run, folders)
@@ -92,7 +91,7 @@ class Experiment:
         rows = group([run for run in runs if not run.trouble], tuned=self.tuned,
                      diverged=[run for run in runs if run.trouble.startswith('diverged')])
         found = {kind_of(row.first): row.tuning for row in rows}
-        kinds = {file: kind_of(self.as_run(file)) for file in configs}
+        kinds = {file: kind_of(self.as_run(file)) for file in self.configs}
         for file, kind in kinds.items():
             if kind not in found or found[kind].best is None:
                 fail(f'{file} has diverged at each {self.tuned.key} of the grid, which needs other values')
@@ -103,11 +102,11 @@ class Experiment:
         control = ['--tp_size=1'] if load([file]).tp_size == 1 else []
         return Run(None, dict(config=vars(load([file, self.withs[1], *keys, *control]))), {}, {})
 
-    def tune(self, configs):
+    def tune(self):
         """{config file: its best rate}. Trains the grid, and more of it until each best rate lies inside."""
-        self.sweep(configs, self.tuned.tuning_seeds, self.grid)
+        self.sweep(self.configs, self.tuned.tuning_seeds, self.grid)
         while True:
-            tunings = self.tunings(configs)
+            tunings = self.tunings()
             open_ = {file: tuning.missing for file, tuning in tunings.items()
                      if tuning.missing and len(tuning.means) < MOST_VALUES}
             if not open_:
@@ -142,7 +141,7 @@ def tokens(args, best):
     """4. Four times the tokens; on a GPU each config at its best rate there, which lies lower."""
     longer = Experiment(args, '1600-steps', max_iters=1600)
     if args.gpu:
-        longer.answer(longer.tune(longer.configs), SIX_SEEDS)
+        longer.answer(longer.tune(), SIX_SEEDS)
     else:
         longer.answer({file: best[file] for file in (DENSE, TWELVE)}, [3, 4])
 
@@ -172,7 +171,7 @@ def widths(args, best):
     """8. Widths 128 and 512 at the same head size, each config at its best rate there."""
     for width, heads in (128, 4), (512, 16):
         other = Experiment(args, f'width-{width}', n_embd=width, n_head=heads)
-        other.answer(other.tune(other.configs), THREE_SEEDS)
+        other.answer(other.tune(), THREE_SEEDS)
 
 
 def english(args, best):
@@ -183,7 +182,7 @@ def english(args, best):
         subprocess.run([sys.executable, 'data/text/prepare.py', f'--input={args.english.resolve()}',
                         '--tokenizer=byte', '--out=data/english'], cwd=ROOT, check=True)
     other = Experiment(args, 'english', dataset='english')
-    other.answer(other.tune(other.configs), THREE_SEEDS)
+    other.answer(other.tune(), THREE_SEEDS)
 
 
 ON_A_CPU = [seeds, floor, tokens, layer_0]
@@ -207,7 +206,7 @@ def main():
     if args.plan != PLAN and (args.gpu or args.small or args.english):
         fail(f'--gpu, --small and --english are for the items of {PLAN}, --plan is {args.plan}')
     base = Experiment(args)
-    best = base.tune(base.configs)
+    best = base.tune()
     if args.plan != PLAN:
         return base.answer(best, base.seeds)
     for item in [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
