@@ -81,7 +81,6 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='*', type=Path, help='run folders, or folders of them; default: out')
     parser.add_argument('--out', type=Path, default=Path('out/compare'), help='default: %(default)s')
-    parser.add_argument('--mix', action='store_true', help=argparse.SUPPRESS)  # recipes differ as they like
     parser.add_argument('--pair', nargs=2, action='append', default=[], metavar=('A', 'B'),
                         help='compare two configs, named by their blocks or runs: A minus B')
     parser.add_argument('--at', type=parse_at, metavar='STEP',
@@ -145,7 +144,12 @@ def missing_notes(rows, unfinished, finished=()):
                          f'this trains it: {pairing(row, alone)}')
     if any(row.control and row.runs.keys() != row.control.runs.keys() for row in rows):
         notes.append('val losses are means over different seeds: compare the differences, not the losses')
-    tuned = {run for row in rows if row.tuning for own in row.tuning.runs.values() for run in own.values()}
+    tuned = set()
+    for row in (row for row in rows if row.tuning):
+        tuned |= {run for own in row.tuning.runs.values() for run in own.values()}
+        unused = [str(seed) for seed in row.tuning.runs[row.tuning.best] if not row.tuning.tuned.uses(seed)]
+        if unused:
+            notes.append(f"{row.title}: seed {', '.join(unused)} is none of the plan's, and not used")
     in_rows = tuned | {run for row in rows for run in row.runs.values()}
     waiting = [str(run.folder) for run in finished if run not in in_rows]
     if waiting:
@@ -271,10 +275,12 @@ def main(argv):
     notes += [f'{row.title}: its step time is not predicted: {reasons[row.first]}'
               for row in rows if row.first in reasons]
 
-    found = find_all(rows, args.margin or (plan and plan.margin) or MARGIN, tuned, plan, link, args.pair)
+    departed = departures(args, plan, rows)
+    found = find_all(rows, args.margin or (plan and plan.margin) or MARGIN, tuned, plan, link, args.pair,
+                     bool(departed))
     label_rows(rows, args.labels)
     command = shlex.join(['python', 'compare.py', *argv])
-    report = Report(command, headlines(found), departures(args, plan, rows) or exploratory(found),
+    report = Report(command, headlines(found), departed or exploratory(found),
                     answers(found), open_questions(found, command), notes, unfinished)
     print(screen(found, report))
     try:

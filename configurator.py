@@ -262,10 +262,14 @@ def check(key, value, source, keys):
         if not abs(value) <= sys.float_info.max:
             fail(f'{source}: {key} is {value!r:.40}, it must be a finite number')
         value = float(value)
-    holds, wanted = LIMITS.get(key, (None, None))
-    if holds and value is not None and not holds(value):
-        fail(f'{source}: {key} is {value!r}, it must be {wanted}')
+    if not within_limits(key, value):
+        fail(f'{source}: {key} is {value!r}, it must be {LIMITS[key][1]}')
     return value
+
+
+def within_limits(key, value):
+    """Whether a key may have a value of its type."""
+    return value is None or key not in LIMITS or LIMITS[key][0](value)
 
 
 def read_file(path):

@@ -30,6 +30,7 @@ from analysis.findings import (
 from analysis.inside import inside
 from analysis.runs import SPIKE, estimate, paired, to_dense
 from analysis.verdicts import ALPHA, PASSES
+from configurator import pattern
 
 
 class Answered(NamedTuple):
@@ -53,6 +54,8 @@ def counted(row):
 def shown(row):
     """A row's verdict with its numbers."""
     verdict = row.verdict
+    if row.diverged:
+        return f'{row.word}, it diverged on seed {", ".join(map(str, row.diverged))}'
     if verdict.upper is None:
         return f'{row.word or "no verdict"}, {verdict.difference:+.4f}'
     return f'{row.word}, {verdict.difference:+.4f}, upper bound {verdict.upper:+.4f}'
@@ -82,13 +85,15 @@ def headline(answer, margin, key=None):
 
 def stopped(failure, answer):
     """Where the answer stopped, the seeds that would go on, and what passes beyond."""
-    if failure is None:
+    if failure is None and answer.lost is None:
         return ''
-    if failure.verdict is None or not failure.word:
+    if failure is None:
+        words = f'; {pattern(answer.lost.config["block_types"])} diverged in every run'
+    elif failure.verdict is None or not failure.word:
         words = f'; {failure.blocks} has no verdict yet, which takes about {answer.seeds} seeds'
     else:
         words = f'; {failure.blocks} is {shown(failure)}'
-        if failure.word != 'worse':
+        if failure.word != 'worse' and not failure.diverged:
             words += f': {answer.seeds} seeds show it, with {POWER:.0%} power, if it equals dense'
     beyond = ', '.join(f'{row.communications} ({row.word})' for row in answer.beyond)
     return words + (f'; beyond it, exploratory: {beyond}' if beyond else '')
@@ -158,8 +163,12 @@ def exploratory(found):
     other = [row.title for row in found.rows if not row.planned]
     unplanned = sum(not one.planned for one in found.comparisons)
     other += [f'{unplanned} pair{"s" * (unplanned > 1)}'] * bool(unplanned)
+    waiting = [(row, [seed for seed in found.plan.answer_seeds if seed not in row.runs])
+               for row in found.rows if row.planned]
+    waiting = [f'{row.title}, seed {", ".join(map(str, seeds))}' for row, seeds in waiting if seeds]
     return [f'planned in {found.plan.file} (sha256 {found.plan.sha256[:12]}): '
             + ('; '.join(planned) or 'none of these'),
+            *[f"of the plan's seeds still to run: {'; '.join(waiting)}"] * bool(waiting),
             f'exploratory: {"; ".join(other) or "nothing"}']
 
 
@@ -226,7 +235,7 @@ def cliff(curve, bend):
     """
     if bend is None:
         last = curve[-1]
-        if last.word not in PASSES or last.word == 'identical':
+        if len(curve) == 1 and not last.plain or last.word not in PASSES or last.word == 'identical':
             return []
         return [f'no: the low end, {all_reduces(last)}, is no worse than dense: {shown(last)}']
     curve, left = bend.curve, bend.residuals
@@ -423,9 +432,16 @@ def trends(found, regressor):
         lines.append(
             f'a line for each seed; n is the number of seeds. {FULL_WIDTH} is '
             f'{math.log2(FULL_WIDTH / widest):.1f} doublings beyond the widest of these runs: the interval '
-            'holds there only if the trend stays straight in log2(width). Width alone also changes the head '
-            'size, unless n_head grows with it. A paired difference outside the interval would refute it.')
+            'holds there only if the trend stays straight in log2(width). '
+            + 'The head size grows with the width here, which may make some of it. ' * heads_grow(found)
+            + 'A paired difference outside the interval would refute it.')
     return lines
+
+
+def heads_grow(found):
+    """Whether the head size grows with the width in any trend."""
+    return any(len({row.first.config['n_embd'] // row.first.config['n_head'] for row in trend.rows}) > 1
+               for trend in found.trends)
 
 
 def over(trend):

@@ -10,13 +10,13 @@ equal number of observed all-reduces, and the others.
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import NamedTuple
 
 from scipy.stats import t
 
-from analysis.runs import Estimate, Row, by_note, paired
+from analysis.runs import Estimate, Row, Run, by_note, is_plain, paired, to_dense
 from analysis.verdicts import (
     ALPHA,
     PASSES,
@@ -39,48 +39,57 @@ POWER = 0.9
 
 
 def judge_rows(rows, margin, plan=None):
-    """Set each row's margin, spread, verdict, and whether the plan names it."""
+    """
+    Set each row's margin, spread, verdict, and whether the plan names it. A config that diverged on a seed
+    does not pass: the losses that it has are those of the seeds that went well.
+    """
     for own in by_note(rows).values():
         control = own[0] if own[0].dense else None
-        spread = control and spread_of(own, control)
+        spread = control and spread_of(own, control, margin)
         for row in own:
             row.margin, row.spread = margin, spread
             row.planned = plan is not None and plan.names(row)
         if control:
             for family in families(own):
                 losses = {row: row.losses for row in (control, *family)}
-                identical = [row for row in family if row.all_tp]
+                identical = identical_rows(family, margin)
                 for row, verdict in judge_family(losses, control, spread, margin, identical).items():
-                    row.verdict = verdict
+                    unsure = row.diverged and verdict.word in PASSES
+                    row.verdict = replace(verdict, word='undecided') if unsure else verdict
 
 
-def spread_of(rows, control):
+def identical_rows(rows, margin):
     """
-    The Spread of a recipe's rows. It rests on those with every seed of the control; while none has, as in the
-    middle of a sweep, on the seeds that give the most degrees of freedom.
+    Those with all layers tp, at dense's value of the tuned key, that end within the margin of dense: the same
+    function but for rounding. One that ends further off is a bug, and is judged as any other config.
+    """
+    return [row for row in rows if row.all_tp and (difference := to_dense(row))
+            and abs(difference.mean) < margin
+            and (row.tuning is None or row.tuning.best == row.control.tuning.best)]
+
+
+def spread_of(rows, control, margin):
+    """
+    The Spread of a recipe's rows. It rests on those seeds of the control, and the configs that have them all,
+    that give the most degrees of freedom: a config that is a seed ahead of the others is too few for it.
     """
     losses = {row: row.losses for row in rows}
-    identical = [row for row in rows if row.all_tp]
-    spread = family_spread(losses, control, identical)
-    if spread is None:
-        shared = {tuple(seed for seed in control.losses if seed in row.losses)
-                  for row in rows if not row.dense}
-        parts = [family_spread(losses | {control: {seed: control.losses[seed] for seed in seeds}}, control,
-                               identical) for seeds in sorted(shared)]
-        spread = max(filter(None, parts), key=lambda part: part.df, default=None)
-    return spread
+    identical = identical_rows(rows, margin)
+    shared = {tuple(seed for seed in control.losses if seed in row.losses) for row in rows}
+    parts = [family_spread(losses | {control: {seed: control.losses[seed] for seed in seeds}}, control,
+                           identical) for seeds in sorted(shared, key=lambda seeds: (-len(seeds), seeds))]
+    return max(filter(None, parts), key=lambda part: part.df, default=None)
 
 
 def families(rows):
     """
     The rows of a recipe without the control, in lists: for each tp_size the main family and the others. The
-    main family has what the plan names, else the nets of the answer that have every seed of the control.
+    main family has what the plan names, else the nets of the answer.
     """
     found = {}
     sizes = {row.tp_size for row in rows if not row.dense}
     for tp_size in sorted(sizes):
-        nets = candidates(rows, tp_size)
-        main = [row for row in nets if row.losses.keys() >= row.control.losses.keys()] or nets
+        main = candidates(rows, tp_size)
         for row in rows:
             if row.tp_size == tp_size and not row.dense:
                 in_main = row.planned if has_plan(rows) else row in main
@@ -127,23 +136,31 @@ def candidates(rows, tp_size):
 class Answer:
     """The fewest communications that are shown to be as good as dense, for one recipe and tp_size."""
     tp_size: int
-    note: str  # the recipe's, under --mix
+    note: str  # the recipe's, if there are several
     tested: list  # Rows, most all-reduces first
     row: Row | None  # None if none is shown
     seeds: int | None  # that would show the next one, if it equals dense; None if nothing is left to show
     tuned: bool  # whether each config is at its own best of several values
     preliminary: bool
     edge: bool  # whether dense, or a net up to the answer, has values of the tuned key still to run
+    lost: Run | None = None  # that of most all-reduces of the nets that diverged in every run
+
+    @property
+    def in_order(self):
+        """The rows before a net that is lost: it fails, and the answer ends there."""
+        most = self.lost.info['all_reduces']['forward'] if self.lost else 0
+        return [row for row in self.tested if row.all_reduces['forward'] > most]
 
     @property
     def first_failure(self):
-        return next((row for row in self.tested if row.word not in PASSES), None)
+        return next((row for row in self.in_order if row.word not in PASSES), None)
 
     @property
     def beyond(self):
         """The rows after the first failure that would pass, which is exploratory."""
-        place = self.tested.index(self.first_failure) if self.first_failure else len(self.tested)
-        return [row for row in self.tested[place + 1:] if row.word in PASSES]
+        order = self.in_order
+        place = order.index(self.first_failure) + 1 if self.first_failure else len(order)
+        return [row for row in self.tested[place:] if row.word in PASSES]
 
 
 def find_answers(rows):
@@ -154,18 +171,22 @@ def find_answers(rows):
             continue
         for tp_size in sorted({row.tp_size for row in own if row.tp_size > 1}):
             tested = candidates(own, tp_size)
-            row = fewest(tested, [row.word or None for row in tested])
+            lost = max((run for run in own[0].lost if is_plain(run) and run.config['tp_size'] == tp_size),
+                       key=lambda run: run.info['all_reduces']['forward'], default=None)
             rows_of_size = [row for row in own if row.tp_size == tp_size]
+            answer = Answer(tp_size, note, tested, None, seeds_for(tested), is_tuned(own[:1] + tested),
+                            own[0].preliminary, False, lost)
+            order = answer.in_order
+            answer.row = row = fewest(order, [row.word or None for row in order])
             used = [own[0], *tested[:tested.index(row) + 1 if row else None]]
-            found.append((not has_plan(rows_of_size), Answer(
-                tp_size, note, tested, row, seeds_for(tested), is_tuned(own[:1] + tested),
-                own[0].preliminary, any(one.tuning and one.tuning.missing for one in used))))
+            answer.edge = any(one.tuning and one.tuning.missing for one in used)
+            found.append((not has_plan(rows_of_size), answer))
     return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]
 
 
 def is_tuned(rows):
-    """Whether each of these rows is at the best of several values of the tuned key."""
-    return all(row.tuning is not None and row.tuning.compared for row in rows)
+    """Whether each of these rows that is judged, and dense, is at the best of several values of the key."""
+    return all(row.tuning is not None and row.tuning.compared for row in rows if row.word != 'identical')
 
 
 def seeds_for(tested):

@@ -255,13 +255,17 @@ def gap_to_dense(row):
 
 def at_common(row):
     """
-    A row's paired difference to dense at one common value of the tuned key, dense's best; None if untuned.
+    A row's paired difference to dense at one common value of the tuned key, dense's best: (on the answer's
+    seeds; on the tuning seeds, without an interval, for they chose the value), each None if there is none.
     """
     if row.dense or row.tuning is None or row.control is None:
-        return None
+        return None, None
     value = row.control.tuning.best
     own, dense = (one.tuning.runs.get(value, {}) for one in (row, row.control))
-    return by_spread([own[seed].loss - dense[seed].loss for seed in own if seed in dense], row.spread)
+    gaps = {seed: own[seed].loss - dense[seed].loss for seed in own if seed in dense}
+    answer, chose = ([gap for seed, gap in gaps.items() if belongs(seed)] for belongs in (
+        row.tuning.tuned.is_answer, row.tuning.tuned.tuning_seeds.__contains__))
+    return by_spread(answer, row.spread), by_spread(chose, None)
 
 
 # the difference against the width and the tokens
@@ -361,15 +365,25 @@ class Slope:
 def find_trends(rows):
     """
     The Trends of the configs that were run at several widths or budgets, all else equal; with more points of
-    a seed than its line has coefficients, or as many. Bit-equal twins and dense's own are left out.
+    a seed than its line has coefficients, or as many. Bit-equal twins and dense's own are left out, and runs
+    that are read before their end. With width, the head size is equal, or else the number of heads.
     """
+    rows = [row for row in rows if to_dense(row) and row.word != 'identical' and row.first.at is None]
+    wide = [trend for trend in trends_of(rows, lambda config: config['n_embd'] // config['n_head'])
+            if 'widths' in trend.regressors]
+    used = [row for trend in wide for row in trend.rows]
+    return wide + trends_of([row for row in rows if row not in used], lambda config: config['n_head'])
+
+
+def trends_of(rows, heads):
+    """The Trends of rows that are alike but for width and budget, and heads(config) too."""
     alike = {}
     for row in rows:
-        if to_dense(row) and row.word != 'identical':
-            rest = {key: value for key, value in row.settings.items()
-                    if key not in ('n_embd', 'max_iters', 'lr_decay_iters', 'warmup_iters')}
-            rest |= dict(blocks=row.block_types, tp_size=row.tp_size, variation=row.variation)
-            alike.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
+        rest = {key: value for key, value in row.settings.items()
+                if key not in ('n_embd', 'n_head', 'max_iters', 'lr_decay_iters', 'warmup_iters')}
+        rest |= dict(blocks=row.block_types, tp_size=row.tp_size, variation=row.variation,
+                     heads=heads(row.first.config))
+        alike.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
     trends = []
     for same in alike.values():
         same.sort(key=lambda row: (row.first.config['n_embd'], tokens_of(row)))
@@ -417,9 +431,10 @@ class Findings:
     trends: list[Trend]
 
 
-def find_all(rows, margin=MARGIN, tuned=None, plan=None, link=None, pairs=()):
+def find_all(rows, margin=MARGIN, tuned=None, plan=None, link=None, pairs=(), departed=False):
     """
-    The Findings of rows, which get their verdicts here. pairs: the names of --pair
+    The Findings of rows, which get their verdicts here. pairs: the names of --pair. departed: whether the
+    flags or values depart from the plan, which then says what is judged together, but nothing was planned.
 
     Holm's adjustment is by families: the pairs that the plan names, those at an equal number of all-reduces,
     and all other tests together: pairs, bends and slopes.
@@ -435,6 +450,8 @@ def find_all(rows, margin=MARGIN, tuned=None, plan=None, link=None, pairs=()):
     adjust([one for one in found.comparisons if one.planned])
     adjust([one for one in unplanned if one.equal])
     adjust([one for one in unplanned if not one.equal] + [bend for _, bend in found.bends if bend] + slopes)
+    for one in (*rows, *found.comparisons) if departed else ():
+        one.planned = False
     for slope in slopes:
         slope.trend.p_holm[slope.regressor] = slope.p_holm
     return found

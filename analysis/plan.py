@@ -13,6 +13,7 @@ All keys are optional; those of TEXT are for people. What a plan does not name i
 """
 
 import difflib
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,14 +55,23 @@ class Plan:
     answer_seeds: tuple = ()
     configs: tuple = ()
     comparisons: tuple = ()
+    recipe: str = ''
 
     @cached_property
     def kinds(self):
-        """(tp_size 1 or not, blocks, merge) of each config that it names."""
-        return [kind(vars(load([str(ROOT / file)]))) for file in self.configs]
+        """(tp_size, blocks, merge) of each config that it names."""
+        size = re.findall(r'--tp_size=\S+', self.recipe)
+        return [kind(vars(load([str(ROOT / file), *size]))) for file in self.configs]
 
     def names(self, row):
-        """Whether a row is one of its configs, or the dense control of any."""
+        """
+        Whether a row is one of its configs, or the dense control of any: at a best value, if the plan tunes,
+        and of runs that all carry this plan.
+        """
+        if any((run.info.get('plan') or {}).get('sha256') != self.sha256 for run in row.runs.values()):
+            return False
+        if self.tuned and not row.tuning.compared:
+            return False
         return row.dense or (kind(row.first.config) in self.kinds
                              and row.variation.keys() <= {'merge', 'block_types_at'})
 
@@ -71,7 +81,7 @@ class Plan:
 
 
 def kind(config):
-    return config['tp_size'] == 1, stages(config), config['merge']
+    return config['tp_size'], stages(config), config['merge']
 
 
 def parse_plan(file, sha256, text):
@@ -94,7 +104,7 @@ def parse_plan(file, sha256, text):
         if not (ROOT / config).is_file():
             fail(f'{file}: configs has {config}, which is not a file in {ROOT}')
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()
-           if key in KEYS}
+           if key in KEYS or key == 'recipe'}
     return Plan(file, sha256, **own)
 
 

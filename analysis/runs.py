@@ -14,14 +14,14 @@ import json
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import t
 
-from analysis.tuning import Tuning, free_keys
+from analysis.tuning import Tuning, without_tuned
 from analysis.verdicts import Spread, Verdict, paired_t
 from configurator import VARIED, complete, fail, pattern, read_defaults, recipe, stages
 from training.rundir import read_info, read_metrics
@@ -146,6 +146,8 @@ class Run:
 def find_trouble(info, evals, logs):
     """Why a run with a run.json is in no mean; '' if it is in one."""
     state, last = info['state'], info['config']['max_iters']
+    if state == 'diverged':
+        return f'diverged at step {max([0, *evals, *logs])} of {last}'
     if state != 'finished':
         state = 'running, or killed' if state == 'running' else state
         return f'{state}, last seen at step {max([0, *evals, *logs])} of {last}'
@@ -229,25 +231,30 @@ def up_to(run, step):
 # what may be compared with what
 
 
-def settings(run, free=frozenset()):
-    """The recipe and the corpus of a run, as a dict, without the keys that are free to differ."""
+def settings(run, tuned=None):
+    """The recipe and the corpus of a run, as a dict, without what --tuned varies."""
     corpus = run.info['corpus']
     named = {f'corpus {key}': corpus[key] for key in ('corpus', 'tokenizer', 'val_sha256')}
-    return {key: value for key, value in (recipe(run.config) | named).items() if key not in free}
+    return without_tuned(recipe(run.config), tuned) | named
 
 
-def differing(runs, free):
+def settings_key(run, tuned=None):
+    """The same as text: runs that share it share a control."""
+    return json.dumps(settings(run, tuned), sort_keys=True)
+
+
+def differing(runs, tuned):
     """The settings in which runs differ: {key: {value as text: first folder with it}}."""
     seen = {}
     for run in runs:
-        for key, value in settings(run, free).items():
+        for key, value in settings(run, tuned).items():
             seen.setdefault(key, {}).setdefault(json.dumps(value), run.folder)
     return {key: values for key, values in seen.items() if len(values) > 1}
 
 
 def mixed_recipes(runs, tuned=None):
     """What differs between the recipes and corpora of the runs, as lines; none if they have one."""
-    found = differing(runs, free_keys(runs, tuned))
+    found = differing(runs, tuned)
     differences = [f'{key} is ' + ' and '.join(f'{value} in {folder}' for value, folder in values.items())
                    for key, values in found.items()]
     if not differences:
@@ -262,6 +269,12 @@ def variation(run):
     config, defaults = run.config, read_defaults()
     return {key: config[key] for key in OTHER_VARIED
             if config[key] != defaults[key][0] and not (key == 'merge' and config['tp_size'] == 1)}
+
+
+def is_plain(run):
+    """Whether a run's net is made of the guide's blocks, all through training, and has no variation."""
+    types = {name for _, block_types in stages(run.config) for name in block_types}
+    return types <= GUIDE_TYPES and not variation(run)
 
 
 def all_layers_tp(run):
@@ -304,6 +317,8 @@ class Row:
     tp_seconds: float | None = None  # the same with all layers tp
     tuning: Tuning | None = None  # under --tuned
     preliminary: bool = False  # its runs are those that chose the best value
+    diverged: list = field(default_factory=list)  # the seeds on which it did, at its best value
+    lost: list = field(default_factory=list)  # of a control: diverged runs of configs without a row
     # set by families.judge_rows
     margin: float | None = None  # nats per token
     spread: Spread | None = None  # of its recipe
@@ -335,7 +350,7 @@ class Row:
     @property
     def plain(self):
         """Whether it is made of the guide's blocks and has no variation."""
-        return not self.variation and not self.other_types
+        return is_plain(self.first)
 
     @property
     def varied(self):
@@ -431,14 +446,14 @@ def group(runs, level=None, predict=None, tuned=None, diverged=()):
 
     level: the loss that convergence is timed to; None for the highest final loss of the runs that share their
     settings, which all of them reach. predict: a function of a run that returns the predicted seconds of its
-    step, or None. tuned: a Tuned, or None. diverged: runs whose loss is not finite, which bound its grids.
-    Ends the program if a run is there twice: an average would count it double, and a choice would be a guess.
+    step, or None. tuned: a Tuned, or None. diverged: runs that did, which bound its grids and let no config
+    pass. Ends the program if a run is there twice: an average would count it double, and a choice would be a
+    guess.
     """
-    free = free_keys([*runs, *diverged], tuned)
-    mixed, recipes = differing(runs, free), {}
+    mixed, recipes = differing(runs, tuned), {}
     names = Counter()
     for run in sorted(runs, key=lambda run: run.config['seed']):
-        kinds = recipes.setdefault(json.dumps(settings(run, free), sort_keys=True), {})
+        kinds = recipes.setdefault(settings_key(run, tuned), {})
         values = kinds.setdefault(kind_of(run), {})
         seeds = values.setdefault(tuned and run.config[tuned.key], {})
         twin = seeds.setdefault(run.config['seed'], run)
@@ -446,20 +461,29 @@ def group(runs, level=None, predict=None, tuned=None, diverged=()):
             fail(f'{twin.folder} and {run.folder} are one run twice, of seed {run.config["seed"]}: name one')
     for kinds in recipes.values():
         names.update(first_run(values).name for values in kinds.values())
-    rows = []
+    rows, notes = [], notes_of(recipes, mixed)
     for key, kinds in recipes.items():
-        grids = {kind: Tuning(tuned, values, {
-            run.config[tuned.key] for run in diverged
-            if kind_of(run) == kind and json.dumps(settings(run, free), sort_keys=True) == key})
-            for kind, values in kinds.items()} if tuned else {}
+        lost = [run for run in diverged if settings_key(run, tuned) == key]
+        grids = {kind: Tuning(tuned, values, {run.config[tuned.key] for run in lost if kind_of(run) == kind})
+                 for kind, values in kinds.items()} if tuned else {}
         for kind, grid in grids.items():
             if is_twin(first_run(kinds[kind])):
                 grid.follow(grids.get('dense'))
-        rows += make_rows(kinds, grids, json.loads(key), level, predict, mixed, names)
+        rows += make_rows(kinds, grids, lost, level, predict, notes[key], names)
     # sizes in their order: n_embd 64 before n_embd 128
     return sorted(rows, key=lambda row: (row.first.info['parameters'], row.first.config['max_iters'],
                                          row.note, not row.dense, -row.communications, row.tp_size,
                                          row.varied, row.other_types, row.name))
+
+
+def notes_of(recipes, mixed):
+    """{settings as text: what sets this recipe apart, the settings that differ}, cut short if that tells."""
+    texts = {key: [(name, str(json.loads(key)[name])) for name in mixed] for key in recipes}
+    for most in 24, None:
+        notes = {key: ''.join(f', {name} {text[:most]}' for name, text in own) for key, own in texts.items()}
+        if len(set(notes.values())) == len(notes):
+            break
+    return notes
 
 
 def first_run(values):
@@ -491,18 +515,17 @@ def choose_runs(kinds, grids):
     return {kind: seeds for kind, seeds in chosen.items() if seeds}, preliminary
 
 
-def make_rows(kinds, grids, shared, level, predict, mixed, names):
+def make_rows(kinds, grids, lost, level, predict, note, names):
     """
     The rows of the runs that share their settings. level, predict: as in group()
 
     kinds: {'dense' or a config: {value of the tuned key, or None: {seed: run}}}. grids: {the same: Tuning}.
-    shared: their settings. mixed: the settings that differ between recipes, for the notes. names: how many
-    configs have a name; one that is not unique gets the note.
+    lost: the runs of these settings that diverged. note: what sets the recipe apart. names: how many configs
+    have a name; one that is not unique gets the note.
     """
     chosen, preliminary = choose_runs(kinds, grids)
     if level is None:
         level = max((run.loss for seeds in chosen.values() for run in seeds.values()), default=None)
-    note = ''.join(f', {key} {str(shared[key])[:24]}' for key in mixed)
     predict = predict or (lambda run: None)
     rows, tp_seconds = [], {1: None}
     for kind in sorted(chosen, key=lambda kind: kind != 'dense'):  # the control first: others refer to it
@@ -510,11 +533,16 @@ def make_rows(kinds, grids, shared, level, predict, mixed, names):
         tp_size = first.config['tp_size']
         if tp_size not in tp_seconds:
             tp_seconds[tp_size] = predict(as_all_tp(first))
+        grid = grids.get(kind)
         rows.append(Row(
-            chosen[kind], name=first.name + note * (names[first.name] > 1), level=level, settings=shared,
-            note=note, control=rows[0] if rows and 'dense' in chosen else None,
-            seconds=predict(first), tp_seconds=tp_seconds[tp_size], tuning=grids.get(kind),
-            preliminary=preliminary))
+            chosen[kind], name=first.name + note * (names[first.name] > 1), level=level,
+            settings=settings(first, grid and grid.tuned), note=note,
+            control=rows[0] if rows and 'dense' in chosen else None,
+            seconds=predict(first), tp_seconds=tp_seconds[tp_size], tuning=grid, preliminary=preliminary,
+            diverged=[run.config['seed'] for run in lost if kind_of(run) == kind and (grid is None or (
+                run.config[grid.tuned.key] == grid.best and grid.tuned.is_answer(run.config['seed'])))]))
+    if rows and rows[0].dense:
+        rows[0].lost = [run for run in lost if kind_of(run) not in chosen]
     return rows
 
 

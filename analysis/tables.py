@@ -3,6 +3,7 @@ The tables of a comparison: the answer, rivals, pairs, predicted times, how trai
 """
 
 from analysis.answers import as_ratio, asked, at_equal
+from analysis.families import has_plan
 from analysis.findings import (
     ASYNC_TP,
     at_common,
@@ -32,7 +33,7 @@ def steps_to_level(row):
 def record(row, found):
     """A row's numbers under flat names, unrounded; losses in nats per token, None if there is none."""
     difference, corpus, verdict, spread = to_dense(row), row.first.info['corpus'], row.verdict, row.spread
-    gap, steps, common = gap_to_dense(row), step_ratio(row), at_common(row)
+    gap, steps, (common, _) = gap_to_dense(row), step_ratio(row), at_common(row)
     return dict(
         run=row.name, state=state_of(row), communications=row.communications,
         all_reduces_forward=row.all_reduces['forward'], all_reduces_backward=row.all_reduces['backward'],
@@ -82,9 +83,19 @@ def number(value, form, times=1):
     return '' if value is None else format(times * value, form)
 
 
+def verdict(row):
+    """Its word, and the seeds on which it diverged."""
+    return row.word + f' (diverged on seed {", ".join(map(str, row.diverged))})' * bool(row.diverged)
+
+
+def common_cell(answer, chose):
+    """The difference at dense's best value, which the tuning seeds chose."""
+    return str(answer) if answer else f'{chose.mean:+.4f} (tuning seeds)' if chose else ''
+
+
 def columns(found):
     """{header: what its cell shows of a row and of its record()} of the first table; only what is known."""
-    noted = any(row.note for row in found.rows)
+    noted, planned = any(row.note for row in found.rows), has_plan(found.rows)
     table = {
         'blocks': lambda row, own: row.blocks + row.note * noted,
         'comm': lambda row, own: str(row.communications) if row.whole else '',
@@ -93,14 +104,14 @@ def columns(found):
         'val loss': lambda row, own: f'{row.loss:.4f}',
         'minus dense, 95% interval': lambda row, own: str(to_dense(row) or ''),
         'upper bound': lambda row, own: number(own['upper'], '+.4f'),
-        'verdict': lambda row, own: row.word + (' (not planned)' if found.plan and not row.planned else '')}
+        'verdict': lambda row, own: verdict(row) + ' (not planned)' * (planned and not row.planned)}
     if not all(row.whole for row in found.rows):
         table['MB a step'] = lambda row, own: number(row.step_bytes, '.4g', 1e-6)
     if found.tuned:
         table |= {
             f'best {found.tuned.key}': lambda row, own: number(own['best'], 'g'),
             'sensitivity': lambda row, own: number(own['sensitivity'], '.4f'),
-            "both at dense's best": lambda row, own: str(at_common(row) or '')}
+            "both at dense's best": lambda row, own: common_cell(*at_common(row))}
     return table
 
 

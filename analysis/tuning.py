@@ -10,9 +10,10 @@ References  sensitivity to the learning rate: Wortsman et al. (2023), Small-scal
 
 import statistics
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
-from configurator import HOUSEKEEPING, VARIED, fail, read_defaults
+from configurator import HOUSEKEEPING, VARIED, fail, read_defaults, within_limits
 
 
 class Tuned(NamedTuple):
@@ -24,6 +25,9 @@ class Tuned(NamedTuple):
     def is_answer(self, seed):
         return seed not in self.tuning_seeds and (not self.answer_seeds or seed in self.answer_seeds)
 
+    def uses(self, seed):
+        return seed in self.tuning_seeds or self.is_answer(seed)
+
 
 def check_tuned(key, tuning_seeds):
     """End the program, in one line, if this key cannot be tuned on these seeds."""
@@ -34,21 +38,20 @@ def check_tuned(key, tuning_seeds):
         fail(f'--tuned={key} needs --tuning_seeds: those that choose the best value, and are in no answer')
 
 
-def free_keys(runs, tuned):
+def without_tuned(recipe, tuned):
     """
-    The keys that are no part of the recipe, since --tuned varies them.
-
-    min_lr, unset, is a tenth of learning_rate: it varies with it if that holds in every run.
+    A recipe, as a dict, without what --tuned varies. min_lr, unset, is a tenth of learning_rate, and varies
+    with it.
     """
     if tuned is None:
-        return frozenset()
+        return recipe
     free = {tuned.key}
-    if tuned.key == 'learning_rate' and all(
-            run.config['min_lr'] == float(f'{run.config["learning_rate"] / 10:.12g}') for run in runs):
-        free.add('min_lr')
     if tuned.key in ('batch_size', 'gradient_accumulation_steps'):
         free.add('windows per step')
-    return frozenset(free)
+    fixed = {key: value for key, value in recipe.items() if key not in free}
+    if tuned.key == 'learning_rate' and fixed['min_lr'] == float(f'{recipe["learning_rate"] / 10:.12g}'):
+        fixed['min_lr'] = 'a tenth of the rate'
+    return fixed
 
 
 @dataclass
@@ -82,8 +85,8 @@ class Tuning:
 
     def chosen(self, for_answer):
         """{seed: Run} at the best value, of the seeds for the answer or of those for tuning."""
-        own = self.runs.get(self.best, {})
-        return {seed: run for seed, run in own.items() if self.tuned.is_answer(seed) == for_answer}
+        return {seed: run for seed, run in self.runs.get(self.best, {}).items()
+                if (self.tuned.is_answer(seed) if for_answer else seed in self.tuned.tuning_seeds)}
 
     @property
     def missing(self):
@@ -91,21 +94,28 @@ class Tuning:
         The values to run next on all tuning seeds: those that only some have run, and beyond the grid if the
         best lies at its edge. None if no best was chosen.
 
-        The grid goes on by the factor between its last two values, 2 if there is one value. A value that some
-        tuning seeds have not run bounds it, and is settled if it is worse than the best on all that have, or
-        has diverged.
+        The grid goes on by the factor between its last two values, 2 if there is one value, as far as the
+        key's own limits. A value that some tuning seeds have not run bounds it, and is settled if it is worse
+        than the best on all that have, or has diverged.
         """
-        if not self.means or self.best <= 0:
+        if not self.means or self.best <= 0:  # a key that is best at 0 has no factor to go on by
             return []
         started = {value for value, own in self.runs.items() if own.keys() & set(self.tuned.tuning_seeds)}
         found = [*started - self.means.keys() - self.worse.keys() - self.diverged]
         grid = sorted(started | self.diverged)
         place = grid.index(self.best)
+        factors = [after / before for before, after in pairwise(grid) if before > 0] or [2]
         if place == 0:
-            found.append(self.best / (grid[1] / grid[0] if len(grid) > 1 else 2))
+            found += self.beyond(self.best / factors[0])
         if place == len(grid) - 1:
-            found.append(self.best * (grid[-1] / grid[-2] if len(grid) > 1 else 2))
-        return sorted(float(f'{value:.12g}') for value in found)
+            found += self.beyond(self.best * factors[-1])
+        return sorted(found)
+
+    def beyond(self, value):
+        """A value that the grid goes on with, [] if the key may not have it."""
+        kind = int if isinstance(self.best, int) else float
+        value = kind(float(f'{value:.12g}'))
+        return [value] if value != self.best and within_limits(self.tuned.key, value) else []
 
     @property
     def worse(self):

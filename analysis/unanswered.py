@@ -4,9 +4,10 @@ What the findings cannot answer, each with the command that would.
 
 import shlex
 from itertools import count, islice
+from pathlib import Path
 from typing import NamedTuple
 
-from analysis.answers import all_cliffs
+from analysis.answers import cliff
 from analysis.findings import FEWEST_COUNTS, GUIDE_SCOPE, in_scope
 from analysis.runs import simulated
 from configurator import HOUSEKEEPING, RESUMING, read_defaults
@@ -20,15 +21,20 @@ class Open(NamedTuple):
     command: str
 
 
-def sweep(row, configs='', **grid):
-    """The sweep.py command that trains runs of a row's recipe. grid: {key: values as text}"""
+def sweep(row, configs='', out=None, **grid):
+    """
+    The sweep.py command that trains runs of a row's recipe, under its plan. grid: {key: values as text}. out:
+    a folder; None: that of the row's runs, beside which they belong
+    """
     argv = row.first.info.get('argv') or []
     files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
     flags = dict(flag.removeprefix('--').split('=', 1) for flag in argv if flag.startswith('--'))
-    recipe = read_defaults().keys() - HOUSEKEEPING - {'seed', 'tp_size', 'block_types'}
+    recipe = read_defaults().keys() - HOUSEKEEPING - {'seed', 'tp_size', 'block_types'} | {'plan'}
     # a sweep itself says --init_from=auto
     flags = {key: value for key, value in flags.items() if key in recipe and value not in RESUMING} | grid
     withs = [f'--with {shlex.quote(file)}' for file in files[1:]]
+    folder = row.first.folder.parent if (row.first.folder / 'run.json').exists() else Path('out')
+    flags |= dict(out=out or shlex.quote(str(folder))) if str(out or folder) != 'out' else {}
     return ' '.join(['python sweep.py', *filter(None, [configs or ' '.join(files[:1])]), *withs,
                      *(f'--{key}={value}' for key, value in flags.items())])
 
@@ -36,18 +42,24 @@ def sweep(row, configs='', **grid):
 def seeds_to_run(n, tuned):
     """At least n seeds for an answer, as text: those that the plan names, then others not used for tuning."""
     planned, used = (tuned.answer_seeds, tuned.tuning_seeds) if tuned else ((), ())
+    planned = [seed for seed in planned if seed not in used]
     others = (seed for seed in count(1) if seed not in (*planned, *used))
     return ','.join(map(str, (*planned, *islice(others, max(0, n - len(planned))))))
 
 
 def pairing(row, seeds):
     """The command that trains what a row lacks of a dense control, which sweep.py adds to a config."""
-    out, flags = row.first.folder.parent, dict(seed=','.join(seeds))
-    if row.tp_size > 1:
-        flags |= dict(tp_size=row.tp_size)
-    if (row.first.folder / 'run.json').exists() and str(out) != 'out':
-        flags |= dict(out=shlex.quote(str(out)))
-    return sweep(row, **flags)
+    if row.control:  # which may be at another value of the tuned key
+        return sweep(row.control, seed=','.join(seeds))
+    return sweep(row, seed=','.join(seeds), **(dict(tp_size=row.tp_size) if row.tp_size > 1 else {}))
+
+
+def more_seeds(row, seeds):
+    """The command that trains a config and dense on seeds, each at its own value of the tuned key."""
+    words = sweep(row, seed=seeds, tp_size=row.tp_size)
+    if row.tuning is None or row.tuning.best == row.control.tuning.best:
+        return words
+    return f'{words} --without_dense && {sweep(row.control, seed=seeds)}'
 
 
 def open_questions(found, command):
@@ -61,16 +73,16 @@ def open_questions(found, command):
         return [Open('every question: only dense runs have finished', sweep(dense, ALL))]
     for answer in found.answers[:1]:
         failure = answer.first_failure
-        if failure and failure.word != 'worse':
-            listed.append(Open(f'whether {failure.blocks} is as good as dense, if it is equal to it', sweep(
-                failure, seed=seeds_to_run(answer.seeds, found.tuned), tp_size=answer.tp_size)))
+        if failure and failure.word != 'worse' and not failure.diverged:
+            listed.append(Open(f'whether {failure.blocks} is as good as dense, if it is equal to it',
+                               more_seeds(failure, seeds_to_run(answer.seeds, found.tuned))))
     if not found.tuned:
         rate = dense.first.config['learning_rate']
         grid = ','.join(f'{rate * factor:g}' for factor in (0.5, 1, 2))
         listed.append(Open(
             'each config at its own best learning rate',
             sweep(dense, ALL, seed='1,2', learning_rate=grid)
-            + ' && python compare.py --tuned=learning_rate --tuning_seeds=1,2'))
+            + f' && {command} --tuned=learning_rate --tuning_seeds=1,2'))
     for row in rows:
         if row.tuning and row.tuning.missing:
             seeds = ','.join(map(str, found.tuned.tuning_seeds))
@@ -85,13 +97,13 @@ def open_questions(found, command):
     if not any(one.kind == 'placement' for one in found.comparisons):
         listed.append(Open('placement: no two have the same blocks in another order',
                            sweep(dense, 'config/train_gpt2_14comm_*.py')))
-    if not all_cliffs(found):
+    if not any(cliff(curve, bend) for curve, bend in found.bends if curve[0].plain):
         listed.append(Open(f'a cliff: it takes {FEWEST_COUNTS} counts of all-reduces that share a seed',
                            sweep(dense, ALL)))
     if found.link is None:
         listed.append(Open('speed and the sweet spot: simulated ranks have no network' if simulated(rows)
                            else 'the sweet spot on a given link', f'{command} --link=25,30'))
     if not any('widths' in trend.regressors for trend in found.trends):
-        width = 2 * dense.first.config['n_embd']
-        listed.append(Open('the trend with width', sweep(dense, ALL, n_embd=width)))
+        double = {key: 2 * dense.first.config[key] for key in ('n_embd', 'n_head')}  # equal heads, and more
+        listed.append(Open('the trend with width', sweep(dense, ALL, **double)))
     return listed

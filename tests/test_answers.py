@@ -6,6 +6,7 @@ The answer, a grid of learning rates and the plan, on run folders written here w
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -54,6 +55,32 @@ def test_the_answer_is_the_last_before_the_first_that_fails(tmp_path):
     assert f'spd x 12, tp_size 2, difference +0.0050, one-sided 95% upper bound {uppers[0]} (n=6)' in line
     assert f'[spd, parallel] x 6 is undecided, +0.0200, upper bound {uppers[1]}: {answer.seeds} seeds' in line
     assert line.endswith('; beyond it, exploratory: 6 (as good), 2 (better)')
+
+
+def test_a_config_that_diverged_on_a_seed_does_not_pass(tmp_path):
+    write_nets(tmp_path, {18: 0.0, 12: -0.1, 6: 0.0})
+    write_run(tmp_path, 'late', {7: 2.7}, NETS[24], 1)
+    write_run(tmp_path, 'wild', {7: float('nan')}, NETS[12], 2)
+    found = found_under(tmp_path)
+    assert words(found) == {18: 'as good', 12: 'undecided', 6: 'as good'}
+    assert answers.headlines(found)[0].endswith(
+        '; spd x 12 is undecided, it diverged on seed 7; beyond it, exploratory: 6 (as good)')
+
+
+def test_a_net_that_diverged_in_every_run_ends_the_order(tmp_path):
+    write_nets(tmp_path, {18: 0.0, 6: 0.0})
+    write_run(tmp_path, 'wild', {seed: 9.0 for seed in SEEDS}, NETS[12], 2, state='diverged')
+    found = found_under(tmp_path)
+    assert found.answers[0].row.communications == 18
+    assert answers.headlines(found)[0].endswith(
+        '; spd x 12 diverged in every run; beyond it, exploratory: 6 (as good)')
+
+
+def test_all_layers_tp_is_identical_only_where_it_ends_near_dense(tmp_path):
+    write_nets(tmp_path / 'near', {24: 0.001, 12: 0.0})
+    write_nets(tmp_path / 'far', {24: 0.3, 12: 0.0})
+    assert words(found_under(tmp_path / 'near'))[24] == 'identical'
+    assert words(found_under(tmp_path / 'far'))[24] == 'worse'
 
 
 def test_no_answer_says_how_many_seeds_it_takes(tmp_path):
@@ -115,6 +142,19 @@ def test_in_the_middle_of_a_sweep_the_seeds_that_all_have_give_the_spread(tmp_pa
     write_run(tmp_path, 'late', {7: 2.7}, NETS[24], 1)  # the control is ahead by a seed
     rows = found_under(tmp_path).rows
     assert rows[0].spread.s == pytest.approx(whole.s) and rows[1].word == 'as good'
+    write_run(tmp_path, '18comm-late', {7: 2.7}, NETS[18], 2)  # and so is one config, of 6 df to 10
+    assert found_under(tmp_path).rows[0].spread == rows[0].spread
+
+
+def test_recipes_whose_difference_is_long_are_told_apart(tmp_path):
+    for parent, shift in (('1', 0.0), ('2', 0.5)):
+        keys = dict(init_from=f'out/a-folder-with-a-long-name-{parent}')
+        losses = {seed: 2 + shift + seed / 10 for seed in SEEDS}
+        write_run(tmp_path, f'dense-{parent}', {seed: 2 + seed / 10 for seed in SEEDS}, NETS[24], 1, **keys)
+        write_run(tmp_path, f'12comm-{parent}', losses | {1: 2.11 + shift}, NETS[12], 2, **keys)
+    rows = found_under(tmp_path).rows
+    assert [row.word for row in rows if not row.dense] == ['as good', 'worse']
+    assert len({row.note for row in rows}) == 2
 
 
 def test_the_noise_floor_is_what_a_perturbed_twin_is_off_by(tmp_path):
@@ -144,8 +184,8 @@ def write_grid(root, name, optimum, at_best, types, tp_size, rates=(1e-3, 2e-3, 
                       learning_rate=rate, min_lr=float(f'{rate / 10:.12g}'), **keys)
 
 
-def tuned_under(root, tuned=RATE):
-    return found_under(root, tuned=tuned)
+def tuned_under(root, tuned=RATE, **options):
+    return found_under(root, tuned=tuned, **options)
 
 
 def test_each_config_is_judged_at_its_own_best_rate_on_seeds_that_did_not_choose_it(tmp_path):
@@ -160,7 +200,10 @@ def test_each_config_is_judged_at_its_own_best_rate_on_seeds_that_did_not_choose
     assert row.word == 'better' and found.answers[0].tuned
     assert answers.headlines(found)[0].startswith('12 communications (12 all-reduces) are the fewest')
     # both at dense's best, where the config is a factor of 2 off: 0.1 - 0.05
-    assert findings.at_common(row).mean == pytest.approx(0.05, abs=0.005)
+    answer, chose = findings.at_common(row)
+    assert answer is None  # no seed of the answer has run there
+    # and those that chose the value give no interval
+    assert chose.mean == pytest.approx(0.05, abs=0.005) and (chose.n, chose.half) == (2, None)
     # over the rates that both have, 1e-3, 2e-3 and 4e-3: (0.1 + 0 + 0.1) / 3 and (0 + 0.1 + 0.2) / 3
     values = tuning.common_values(found.rows)
     assert values == {1e-3, 2e-3, 4e-3}
@@ -202,13 +245,23 @@ def test_the_best_at_the_edge_of_its_grid_names_the_rate_to_run_next(tmp_path):
     assert answers.tuning(found)[0].endswith('spd x 12 (tp_size 2), 0.008')
     assert answers.headlines(found)[0].startswith('With values of learning_rate still to run: ')
     opened = unanswered.open_questions(found, 'python compare.py')[0]
-    assert opened.command == 'python sweep.py --seed=1,2 --learning_rate=0.008'
+    assert opened.command == f'python sweep.py --seed=1,2 --learning_rate=0.008 --out={tmp_path}'
     # a run that diverged at the next rate bounds the grid
     write_run(tmp_path, 'wild', {1: float('nan')}, NETS[12], 2, learning_rate=8e-3, min_lr=8e-4)
     everything = read_all(tmp_path)
     rows = runs.group([run for run in everything if not run.trouble], tuned=RATE,
                       diverged=[run for run in everything if run.trouble])
     assert [row.tuning.missing for row in rows] == [[], []]
+
+
+@pytest.mark.parametrize('key, values, missing', [
+    ('weight_decay', (0.0, 0.1), [0.2]), ('beta2', (0.9, 0.99), []), ('warmup_iters', (2, 3), [4])])
+def test_a_grid_goes_on_as_far_as_its_key_may(tmp_path, key, values, missing):
+    for value in values:
+        losses = {seed: 2 - value / 10 for seed in (1, 2)}
+        write_run(tmp_path, f'dense-{value}', losses, NETS[24], 1, **{key: value})
+    row, = tuned_under(tmp_path, Tuned(key, (1, 2))).rows
+    assert row.tuning.missing == missing
 
 
 @pytest.mark.parametrize('rate, beyond', [(8e-3, []), (3.2e-3, [5e-3])], ids=['beyond the grid', 'inside'])
@@ -247,7 +300,10 @@ def test_a_lowest_rate_of_its_own_is_part_of_the_recipe(tmp_path, no_plots, caps
     write_run(tmp_path, 'other', {1: 2.0}, NETS[12], 2, learning_rate=2e-3, min_lr=0.0)
     compare_all(tmp_path, '--tuned=learning_rate', '--tuning_seeds=1,2')
     note, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('several recipes')]
-    assert 'min_lr is ' in note and 'learning_rate is' not in note
+    assert 'min_lr is "a tenth of the rate" in ' in note and 'learning_rate is' not in note
+    # and the grid of the others is one experiment still
+    rows = tuned_under(tmp_path).rows
+    assert [row.tuning.means.keys() for row in rows if row.dense] == [{1e-3, 2e-3, 4e-3}]
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -309,8 +365,11 @@ def test_what_was_planned_and_what_is_exploratory(tmp_path, no_plots):
 
 def test_under_a_flag_that_departs_from_the_plan_nothing_is_called_planned(tmp_path, no_plots):
     write_planned(tmp_path)
-    found = json.loads((compare_all(tmp_path, '--margin=0.05') / 'table.json').read_text())
+    out = compare_all(tmp_path, '--margin=0.05')
+    found = json.loads((out / 'table.json').read_text())
     assert found['planned'] == ['--margin is 0.05, the plan says 0.03: so all is exploratory']
+    assert not any(one['planned'] for one in found['rows'] + found['comparisons'])
+    assert 'Planned comparisons' not in (out / 'table.md').read_text()
 
 
 @pytest.mark.parametrize('grid, said', [
@@ -324,6 +383,22 @@ def test_a_best_value_between_those_of_the_plan_is_exploratory(tmp_path, no_plot
     write_grid(tmp_path, '12comm', 4e-3, 1.95, NETS[12], 2, **carried(text))
     found = json.loads((compare_all(tmp_path) / 'table.json').read_text())
     assert found['planned'] == said or said is None and found['planned'][0].startswith('planned in plan.toml')
+
+
+def test_what_is_not_as_the_plan_says_is_not_planned(tmp_path, no_plots):
+    text = "tuned = 'learning_rate'\ntuning_seeds = [1, 2]\nanswer_seeds = [3, 4, 5, 6]\n" + PLAN
+    write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1, **carried(text))
+    write_grid(tmp_path, '12comm', 2e-3, 1.95, NETS[12], 2, **carried(text))
+    write_grid(tmp_path, '12comm-tp4', 2e-3, 1.95, NETS[12], 4, **carried(text))
+    found = json.loads((compare_all(tmp_path) / 'table.json').read_text())
+    assert [row['tp_size'] for row in found['rows'] if row['planned']] == [1, 2]
+    assert found['planned'][1] == ("of the plan's seeds still to run: dense control, seed 6; "
+                                   'spd x 12 (tp_size 2), seed 6')
+    # at one rate, or in runs without the plan, nothing was
+    shutil.rmtree(tmp_path / '12comm-learning_rate=0.002-seed3')
+    write_run(tmp_path, '12comm-again', {3: 2.2}, NETS[12], 2, learning_rate=2e-3, min_lr=2e-4)
+    rows = tuned_under(tmp_path, plan=plan.plan_of(read_all(tmp_path))[0]).rows
+    assert not any(row.planned for row in rows[1:])
 
 
 def test_runs_of_two_plans_are_exploratory(tmp_path):
@@ -360,8 +435,8 @@ def test_the_first_plan_is_right():
     text = (compare.Path(__file__).parent.parent / 'results/answer/plan.toml').read_text()
     found = plan.parse_plan('plan.toml', 'abc', text)
     assert (found.margin, found.tuned, found.tuning_seeds) == (0.02, 'learning_rate', (1, 2))
-    kinds = [(dense, blocks, merge) for dense, [(_, blocks)], merge in found.kinds]
-    assert (True, NETS[24], 'sum') in kinds and (False, ['palm'] * 12, 'sum') in kinds
+    kinds = [(tp_size, blocks, merge) for tp_size, [(_, blocks)], merge in found.kinds]
+    assert (1, NETS[24], 'sum') in kinds and (2, ['palm'] * 12, 'sum') in kinds
 
 
 # what is open
@@ -375,8 +450,22 @@ def test_open_questions_come_with_commands_of_the_same_recipe(tmp_path):
     commands = {question: command for question, command in opened}
     assert commands['each config at its own best learning rate'] == (
         'python sweep.py config/train_gpt2_*comm.py --with config/cpu.py --n_embd=128 --seed=1,2 '
-        '--learning_rate=0.001,0.002,0.004 && python compare.py --tuned=learning_rate --tuning_seeds=1,2')
+        f'--learning_rate=0.001,0.002,0.004 --out={tmp_path} '
+        '&& python compare.py out --tuned=learning_rate --tuning_seeds=1,2')
     assert 'python compare.py out --link=25,30' in commands.values()
+
+
+def test_more_seeds_are_those_of_dense_too_at_its_own_best_rate(tmp_path):
+    write_grid(tmp_path, 'dense', 1e-3, 2.0, NETS[24], 1, rates=(5e-4, 1e-3, 2e-3),
+               info=dict(argv=['config/train_gpt2.py', '--learning_rate=1e-3']))
+    write_grid(tmp_path, '12comm', 2e-3, 2.015, NETS[12], 2,
+               info=dict(argv=['config/train_gpt2_12comm.py', '--learning_rate=2e-3']))
+    found = tuned_under(tmp_path)
+    seeds = unanswered.seeds_to_run(found.answers[0].seeds, RATE)
+    assert unanswered.open_questions(found, '')[0].command == (
+        f'python sweep.py config/train_gpt2_12comm.py --learning_rate=2e-3 --seed={seeds} --tp_size=2 '
+        f'--out={tmp_path} --without_dense && '
+        f'python sweep.py config/train_gpt2.py --learning_rate=1e-3 --seed={seeds} --out={tmp_path}')
 
 
 def test_only_dense_runs(tmp_path):

@@ -83,7 +83,7 @@ def test_pairs_are_of_one_seed(tmp_path):
     assert runs.to_dense(row) == runs.Estimate(0.5, None, 1)
     assert compare.missing_notes([row], [], []) == [
         'spd x 4 (tp_size 4): no dense control of seed 3, not in its difference; this trains it: '
-        f'python sweep.py --seed=3 --tp_size=4 --out={tmp_path}',
+        f'python sweep.py --seed=3 --out={tmp_path}',
         'val losses are means over different seeds: compare the differences, not the losses']
     assert plots.height(row) == row.control.loss + 0.5
 

@@ -222,6 +222,15 @@ def test_width_trend_by_hand(tmp_path):
         quantile * 0.04 / math.sqrt(2) * math.sqrt(1.5), rel=1e-5))
 
 
+def test_width_trend_keeps_the_head_size_where_it_can(tmp_path):
+    for width, heads in ((64, 2), (128, 2), (128, 4), (256, 8)):
+        at_widths(tmp_path, {width: (-0.01, -0.03)}, n_head=heads)
+    trend, = found_under(tmp_path).trends
+    assert [(row.first.config['n_embd'], row.first.config['n_head']) for row in trend.rows] == [
+        (64, 2), (128, 4), (256, 8)]
+    assert not answers.heads_grow(found_under(tmp_path))
+
+
 def test_a_new_seed_lies_in_the_prediction_interval_in_19_of_20():
     rng, hits, draws = np.random.default_rng(3), 0, 500
     widths = [64, 128, 256]
@@ -248,6 +257,8 @@ def test_tokens_are_a_second_regressor(tmp_path):
     assert trend.slope('tokens').mean == pytest.approx(-0.02)
     assert 'falls with the number of tokens, -0.0200' in answers.trends(found, 'tokens')[0]
     assert trend.at(256).mean == pytest.approx(0.02 - 0.04)  # at the most tokens
+    early = [runs.up_to(run, 0) for run in read_all(tmp_path)]
+    assert findings.find_all(runs.group(early)).trends == []  # read before their end, they have no budget
 
 
 def test_width_is_answered_with_what_would_refute_it(tmp_path):
@@ -325,7 +336,7 @@ def test_step_times_are_predicted_from_the_configs(tmp_path, capsys, no_plots):
         assert f'8 GPUs of 400 TFLOP/s on 4 nodes, 25 Gbit/s and {link[1]} us' in words
     fast, slow = seconds
     assert fast['2-4'] < fast['12-4'] and all(slow[name] > fast[name] for name in fast)
-    out = compare_all(tmp_path, '--link=25,30', '--mix')
+    out = compare_all(tmp_path, '--link=25,30')
     assert 'its step time is not predicted: ' in capsys.readouterr().out
     assert float({line['run']: line for line in csv_lines(out)}['2-4']['predicted_seconds']) == fast['2-4']
 

@@ -70,8 +70,10 @@ def rows_under(root, level=None, predict=None, **options):
 
 def found_under(root, level=None, predict=None, tuned=None, **options):
     """The Findings of the finished runs under root."""
-    finished = [run for run in read_all(root) if not run.trouble]
-    return findings.find_all(runs.group(finished, level, predict, tuned), tuned=tuned, **options)
+    every = read_all(root)
+    finished = [run for run in every if not run.trouble]
+    diverged = [run for run in every if run.trouble.startswith('diverged')]
+    return findings.find_all(runs.group(finished, level, predict, tuned, diverged), tuned=tuned, **options)
 
 
 def table(root):
