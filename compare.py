@@ -24,6 +24,7 @@ to --out, and figures for a paper to its folder figures.
 import argparse
 import importlib.util
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -267,7 +268,8 @@ def main(argv):
     diverged = [run for run in unfinished if run.trouble.startswith('diverged')]
     rows = group(finished, args.level, predict, tuned, diverged)
     notes += missing_notes(rows, unfinished, finished)
-    notes += [f'{path}: no run in it' for path in empty if path != args.out]
+    notes += [f'{path}: ' + ('no run in it' if os.access(path, os.X_OK) else 'it cannot be read')
+              for path in empty if path != args.out]
     if not rows:
         hint = '; --at=last compares runs as they are' * (args.at is None and any(
             run.evals.keys() - {0} for run in unfinished))

@@ -74,9 +74,9 @@ RENAMED = {'eval_iters': 'eval_tokens, in tokens: validation reads fixed windows
            'log_drift': 'log_diagnostics, which measures that and more'}
 
 
-def fail(message):
+def fail(message, ending=SystemExit):
     """
-    End the program with one line on stderr and exit status 1.
+    End the program with one line on stderr and exit status 1. ending: the exception that does it
 
     Under torchrun only rank 0 prints; the others wait to be terminated.
     """
@@ -87,7 +87,7 @@ def fail(message):
     if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):  # for torchrun's own report
         details = dict(message=message, extraInfo=dict(timestamp=str(int(time.time()))))
         Path(path).write_text(json.dumps(dict(message=details)), encoding='utf-8')
-    sys.exit(f'error: {message}')
+    raise ending(f'error: {message}')
 
 
 @contextmanager

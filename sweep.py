@@ -68,6 +68,7 @@ BLOCKS = {'block_types', 'block_types_at'}
 SHORT = {'seed': 'seed', 'tp_size': 'tp'}  # these go without '=' in a folder's name
 PERTURB = 0.001  # of the dense twin that shows the noise floor
 LONGEST = 200  # bytes in a run's name; file systems allow 255
+DONE = 'finished', 'diverged'  # states of a run that is not trained on
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # they end a sweep, runs saved
 
 libc = ctypes.CDLL(None)
@@ -268,7 +269,7 @@ def info_of(run):
 
 def state_of(run):
     """
-    finished, running (a process is training it), resume (it has a checkpoint) or new.
+    finished, diverged, running (a process is training it), resume (it has a checkpoint) or new.
 
     Ends the program if the run's folder holds another run.
     """
@@ -278,8 +279,8 @@ def state_of(run):
         if changed:
             fail(f'{run.out_dir} holds another run ({describe_changes(changed)}): move it away, or choose '
                  'another --out')
-        if info['state'] == 'finished':
-            return 'finished'
+        if info['state'] in DONE:
+            return info['state']
     if rundir.is_locked(run.out_dir):
         return 'running'
     return 'resume' if rundir.has_checkpoint(run.out_dir) else 'new'
@@ -432,7 +433,7 @@ class Sweep:
 
     def __init__(self, runs, shares, forecast):
         """shares: a Share for each run that may train at the same time"""
-        self.finished = [run for run in runs if state_of(run) == 'finished']
+        self.finished = [run for run in runs if state_of(run) in DONE]
         self.waiting = [run for run in runs if run not in self.finished]
         self.shares, self.jobs, self.failed, self.elsewhere = list(shares), [], [], set()
         self.reasons = {}  # why runs failed, by their folders
@@ -471,8 +472,8 @@ class Sweep:
                     self.say(f'left to the process that trains it now: {run.name}')
                 continue
             self.waiting.remove(run)
-            if state == 'finished':
-                self.finish(run, 'done by another process')
+            if state in DONE:
+                self.finish(run, f'{state} by another process')
                 continue
             try:
                 self.begin(run, state == 'resume')
@@ -528,8 +529,8 @@ class Sweep:
         self.jobs.remove(job)
         self.shares.append(job.share)
         run, state = job.run, state_of(job.run)
-        if state == 'finished':
-            self.finish(run, 'done', duration(time.monotonic() - job.began))
+        if state in DONE:
+            self.finish(run, state, duration(time.monotonic() - job.began))
         elif state == 'running':  # another process took the folder first
             self.waiting.append(run)
         elif info_of(run).get('state') == 'resumable' and rundir.saved_at(run.out_dir) > job.saved:
@@ -595,7 +596,7 @@ class Sweep:
         for job in self.jobs:
             job.process.wait()
         total = len(self.finished) + len(self.failed) + len(self.waiting) + len(self.jobs)
-        done = len(self.finished) + sum(state_of(job.run) == 'finished' for job in self.jobs)
+        done = len(self.finished) + sum(state_of(job.run) in DONE for job in self.jobs)
         self.say(f'stopped with {done} of {total} runs finished; the same command continues')
 
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.corpus import open_corpus
 from data.dataloader import TrainLoader, val_batches
 from model import GPT, count_all_reduces
-from training.checkpoint import Writer, fresh_or_resumed
+from training.checkpoint import Diverged, Writer, fresh_or_resumed
 from training.compiling import autocast, compiled, recompute
 from training.diagnostics import diagnose
 from training.distill import find_teacher, with_teacher
@@ -302,7 +302,8 @@ class Reports:
         if self.bad_steps == (25 if config.dtype == 'float16' else 5):
             log.alert('diverged', what)
             fail(f'{what}, the {self.bad_steps}th step in a row without a finite gradient; try a lower '
-                 f'--learning_rate or --grad_clip=1.0; the checkpoints in {config.out_dir} are intact')
+                 f'--learning_rate or --grad_clip=1.0; the checkpoints in {config.out_dir} are intact',
+                 Diverged)
 
 
 def catch_signals():

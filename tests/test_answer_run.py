@@ -34,11 +34,11 @@ def swept(tmp_path, monkeypatch):
         found.append(([*files], [*seeds], [*rates]))
         for file in files:
             for rate in rates:
-                config = vars(load([file, 'config/cpu.py', f'--learning_rate={rate:g}']))
+                config = vars(load([file, 'config/cpu.py', f'--learning_rate={rate:g}', '--max_iters=20']))
                 loss = 2 + abs(math.log(rate / (2e-3 if file == DENSE else 8e-3)))
                 name = f'{config["wandb_run_name"]}-{rate:g}'
-                write_run(tmp_path / 'runs', name, dict.fromkeys(seeds, loss), config['block_types'],
-                          config['tp_size'], learning_rate=rate, min_lr=config['min_lr'])
+                del config['seed'], config['out_dir']
+                write_run(tmp_path / 'runs', name, dict.fromkeys(seeds, loss), **config)
 
     monkeypatch.setattr(script.Experiment, 'sweep', sweep)
     return found
@@ -46,7 +46,8 @@ def swept(tmp_path, monkeypatch):
 
 def test_configs_are_tuned_together_until_the_best_lies_inside_and_then_judged_on_other_seeds(
         tmp_path, monkeypatch, swept):
-    (tmp_path / 'runs').mkdir()
+    other = dict(learning_rate=1e-3, min_lr=1e-4, max_iters=30)  # of another recipe, and best elsewhere
+    write_run(tmp_path / 'runs', 'other', {1: 0.1}, ['spd'] * 12, 2, **other)
     (tmp_path / 'plan.toml').write_text(PLAN)
     args = SimpleNamespace(plan=tmp_path / 'plan.toml', jobs=2, gpu=False, small=False)
     experiment = script.Experiment(args)

@@ -141,7 +141,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'train_step', lambda *args, **kw: report(math.nan, math.inf))
     message = refused(tmp_path, *TINY, '--learning_rate=0.5', '--min_lr=0.1')
     assert all(word in message for word in ('step 5', 'nan', 'inf', '4.17e-01', '--learning_rate'))
-    assert info(tmp_path)['state'] == 'failed' and checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 0
+    assert info(tmp_path)['state'] == 'diverged' and checkpoint.load(tmp_path / 'ckpt.pt')['iter'] == 0
     assert metrics(tmp_path)[4] == dict(iter=4, train_loss=None, grad_norm=None, lr=0.5 * 4 / 6, skipped=4)
     bad = iter([True, True, True, True, False] * 8)
     monkeypatch.setattr(train, 'train_step', lambda *args, **kw: (

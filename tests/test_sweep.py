@@ -121,6 +121,15 @@ def test_an_exit_without_a_finished_run_is_a_failure(tmp_path, monkeypatch):
     assert len(swept(planned(tmp_path)).failed) == 2
 
 
+def test_a_run_that_diverged_is_a_result_and_not_trained_again(tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, 'note("diverged" if "12comm" in name else "finished", iter=7)\n'
+                          'sys.exit("12comm" in name)')
+    assert not swept(planned(tmp_path)).failed
+    assert 'diverged: gpt2-12comm-cpu' in capsys.readouterr().out
+    stand_in(monkeypatch, 'sys.exit(3)')
+    assert len(swept(planned(tmp_path)).finished) == 2
+
+
 @pytest.mark.parametrize('number', sweep.STOP_SIGNALS)
 def test_a_stopped_sweep_saves_its_runs_and_the_next_one_resumes_them(tmp_path, monkeypatch, capsys, number):
     stand_in(monkeypatch, 'def save(*_):\n    (out_dir / "ckpt.pt").touch()\n    note("resumable")\n'

@@ -249,11 +249,15 @@ def fresh_or_resumed(net, resuming, config, corpus, world):
 # writing them while training goes on
 
 
+class Diverged(SystemExit):
+    """Ends a run whose steps update nothing any more: its result is that it diverged, and no failure."""
+
+
 class Writer:
     """
     Writes a run's checkpoints, in a thread, and its run.json; files come from rank 0 alone.
 
-        with Writer(...) as writer:  # run.json says running; or failed, if the block raises
+        with Writer(...) as writer:  # run.json says running; failed, if the block raises; or diverged
             writer.save()
             finished = writer.finish()  # it says finished, or resumable
     """
@@ -270,7 +274,7 @@ class Writer:
 
     def __exit__(self, kind, error, traceback):
         if error is not None:
-            self.note('failed')
+            self.note('diverged' if isinstance(error, Diverged) else 'failed')
 
     def save(self, best=False):
         """Write a checkpoint. Training waits for a copy on the CPU only. Collective if sharded."""
@@ -316,7 +320,7 @@ class Writer:
         return finished
 
     def note(self, status):
-        """Write run.json, after the checkpoints it speaks of. status: running, finished, resumable, failed"""
+        """Write run.json, after the checkpoints it speaks of. status: see Writer"""
         self.wait()
         if self.world.rank0:
             state = self.state

@@ -175,9 +175,10 @@ def saved_at(out_dir):
 
 
 def find_runs(paths):
-    """(run folders among the paths or directly under them, paths that hold none)"""
+    """(run folders among the paths or directly under them, paths that hold none or cannot be read)"""
     def is_run(folder):
-        return any((folder / name).exists() for name in ('run.json', 'metrics.jsonl', 'log.txt'))
+        return os.access(folder, os.X_OK) and any(
+            (folder / name).exists() for name in ('run.json', 'metrics.jsonl', 'log.txt'))
 
     found, empty = {}, []
     for path in paths:
@@ -185,7 +186,7 @@ def find_runs(paths):
             fail(f'{path} does not exist: name run folders, or folders that hold them')
         inside = [path] if is_run(path) else sorted(p for p in path.glob('*') if is_run(p))
         found |= dict.fromkeys(inside)
-        empty += [] if inside else [path]
+        empty += [p for p in path.glob('*') if p.is_dir() and not os.access(p, os.X_OK)] if inside else [path]
     return list(found), empty
 
 

@@ -24,13 +24,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from analysis.plan import parse_plan
 from analysis.runs import Run, group, kind_of, read_run
-from analysis.tuning import Tuned
-from configurator import ROOT, begin_program, fail, load
+from analysis.tuning import Tuned, without_tuned
+from configurator import ROOT, begin_program, fail, load, recipe
 from training.rundir import find_runs
 
 PLAN = Path('results/answer/plan.toml')
 DENSE, TWELVE, SIX, TWO = (f'config/train_gpt2{end}.py' for end in ('', '_12comm', '_6comm', '_2comm'))
-THREE_SEEDS, SIX_SEEDS = [3, 4, 5], [3, 4, 5, 6, 7, 8]
 SMALL = dict(n_embd=32, n_head=8, max_iters=4, warmup_iters=1, eval_interval=2, eval_tokens=1024,
              eval_train_tokens=1024)
 MOST_VALUES = 8  # in a grid: one that is extended further has no best value inside
@@ -58,7 +57,7 @@ class Experiment:
     def __init__(self, args, name='', **changes):
         """name: of the folder, after the plan's. changes: keys of the recipe that differ from the plan's"""
         plan = read_plan(args.plan)
-        self.configs, self.seeds = plan['configs'], plan['answer_seeds']
+        self.configs, self.seeds, self.three = plan['configs'], plan['answer_seeds'], plan['answer_seeds'][:3]
         self.tuned = Tuned(plan['tuned'], tuple(plan['tuning_seeds'][:1 if args.small else None]))
         self.grid, self.jobs, self.most_seeds = plan['grid'], args.jobs, 1 if args.small else None
         folder = args.plan.parent.name
@@ -79,19 +78,22 @@ class Experiment:
         words = [*configs, *self.withs, *(f'--{key}={value}' for key, value in keys.items()), *more,
                  '--without_dense', f'--jobs={self.jobs}', f'--out={self.out}']
         print('$ python sweep.py', *words, flush=True)
-        status = subprocess.run([sys.executable, 'sweep.py', *words], cwd=ROOT).returncode
+        status = subprocess.run([sys.executable, 'sweep.py', *words]).returncode
         if status:
             sys.exit(status)
 
     def tunings(self):
-        """{config file: its Tuning} over the finished runs of the tuning seeds."""
-        folders, _ = find_runs([ROOT / self.out])
-        runs = [run for run in map(read_run, folders)
-                if run.info and run.config['seed'] in self.tuned.tuning_seeds]
+        """{config file: its Tuning} over the runs of this recipe and the tuning seeds that have ended."""
+        folders, _ = find_runs([self.out])
+        wanted = {file: self.as_run(file) for file in self.configs}
+        ours = without_tuned(recipe(wanted[self.configs[0]].config), self.tuned)
+        runs = [run for run in map(read_run, folders) if run.info
+                and run.config['seed'] in self.tuned.tuning_seeds
+                and without_tuned(recipe(run.config), self.tuned) == ours]
         rows = group([run for run in runs if not run.trouble], tuned=self.tuned,
                      diverged=[run for run in runs if run.trouble.startswith('diverged')])
         found = {kind_of(row.first): row.tuning for row in rows}
-        kinds = {file: kind_of(self.as_run(file)) for file in self.configs}
+        kinds = {file: kind_of(run) for file, run in wanted.items()}
         for file, kind in kinds.items():
             if kind not in found or found[kind].best is None:
                 fail(f'{file} has diverged at each {self.tuned.key} of the grid, which needs other values')
@@ -128,27 +130,29 @@ class Experiment:
 def seeds(args, best):
     """2. Each config at its best rate. With 2 communications a CPU stops at three seeds."""
     base = Experiment(args)
-    base.answer(best, THREE_SEEDS)
-    base.answer({file: best[file] for file in best if args.gpu or file != TWO}, SIX_SEEDS)
+    base.answer(best, base.three)
+    base.answer({file: best[file] for file in best if args.gpu or file != TWO}, base.seeds)
 
 
 def floor(args, best):
     """3. The dense control with perturbed weights: the noise floor."""
-    Experiment(args).answer({DENSE: best[DENSE]}, SIX_SEEDS if args.gpu else THREE_SEEDS, '--floor')
+    base = Experiment(args)
+    base.answer({DENSE: best[DENSE]}, base.seeds if args.gpu else base.three, '--floor')
 
 
 def tokens(args, best):
     """4. Four times the tokens; on a GPU each config at its best rate there, which lies lower."""
     longer = Experiment(args, '1600-steps', max_iters=1600)
     if args.gpu:
-        longer.answer(longer.tune(), SIX_SEEDS)
+        longer.answer(longer.tune(), longer.seeds)
     else:
-        longer.answer({file: best[file] for file in (DENSE, TWELVE)}, [3, 4])
+        longer.answer({file: best[file] for file in (DENSE, TWELVE)}, longer.seeds[:2])
 
 
 def layer_0(args, best):
     """5. What layer 0 does: SPD there alone, a sync there alone, a larger embedding."""
-    base, few = Experiment(args), SIX_SEEDS if args.gpu else [3, 4]
+    base = Experiment(args)
+    few = base.seeds if args.gpu else base.seeds[:2]
     for file in 'config/rivals/train_gpt2_23comm_spd_first.py', 'config/rivals/train_gpt2_3comm_sync_0.py':
         base.answer({file: best[TWELVE]}, few)
     base.answer({'config/rivals/train_gpt2_embed_4.py': best[DENSE]}, few)
@@ -156,33 +160,37 @@ def layer_0(args, best):
 
 
 def ranks(args, best):
-    """6. Four ranks, at the best rate and half of it."""
+    """6. Four ranks, at the best rate and half of it: the tuning seeds choose, three others are judged."""
+    base = Experiment(args)
     for file in TWELVE, SIX, TWO:
-        Experiment(args).sweep([file], THREE_SEEDS, [best[file], best[file] / 2], tp_size=4)
+        base.sweep([file], [*base.tuned.tuning_seeds, *base.three], [best[file], best[file] / 2], tp_size=4)
 
 
 def rivals(args, best):
-    """7. All of config/rivals, placements too, at the best rate of 12 communications and half of it."""
-    files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob('config/rivals/*.py'))
-    Experiment(args).sweep(files, THREE_SEEDS, [best[TWELVE], best[TWELVE] / 2])
+    """7. All of config/rivals, placements too, at the best rate of 12 communications and half, as in 6."""
+    base = Experiment(args)
+    files = sorted(map(str, Path('config/rivals').glob('*.py')))
+    base.sweep(files, [*base.tuned.tuning_seeds, *base.three], [best[TWELVE], best[TWELVE] / 2])
 
 
 def widths(args, best):
     """8. Widths 128 and 512 at the same head size, each config at its best rate there."""
     for width, heads in (128, 4), (512, 16):
         other = Experiment(args, f'width-{width}', n_embd=width, n_head=heads)
-        other.answer(other.tune(), THREE_SEEDS)
+        other.answer(other.tune(), other.three)
 
 
 def english(args, best):
     """9. Bytes of English, of which hardly one is seen twice."""
-    if args.english is None and not (ROOT / 'data/english/meta.json').exists():
+    if args.english is None and not Path('data/english/meta.json').exists():
         return print('9 is left out: it needs --english', flush=True)
-    if not (ROOT / 'data/english/meta.json').exists():
-        subprocess.run([sys.executable, 'data/text/prepare.py', f'--input={args.english.resolve()}',
-                        '--tokenizer=byte', '--out=data/english'], cwd=ROOT, check=True)
+    if not Path('data/english/meta.json').exists():
+        status = subprocess.run([sys.executable, 'data/text/prepare.py', f'--input={args.english}',
+                                 '--tokenizer=byte', '--out=data/english']).returncode
+        if status:
+            sys.exit(status)
     other = Experiment(args, 'english', dataset='english')
-    other.answer(other.tune(), THREE_SEEDS)
+    other.answer(other.tune(), other.three)
 
 
 ON_A_CPU = [seeds, floor, tokens, layer_0]
@@ -203,15 +211,20 @@ def main():
     if args.english and not args.english.is_file():
         fail(f'--english is {args.english}, which is not a file')
     args.plan = Path(os.path.relpath(args.plan.resolve(), ROOT))
+    args.english = args.english and args.english.resolve()
+    os.chdir(ROOT)  # configs are named from there
+    if not args.plan.parent.name:
+        fail(f"--plan is {args.plan}, it must lie in a folder of its own, whose name its runs' folder gets")
     if args.plan != PLAN and (args.gpu or args.small or args.english):
         fail(f'--gpu, --small and --english are for the items of {PLAN}, --plan is {args.plan}')
     base = Experiment(args)
     best = base.tune()
     if args.plan != PLAN:
-        return base.answer(best, base.seeds)
-    for item in [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
+        base.answer(best, base.seeds)
+    for item in [] if args.plan != PLAN else [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
         print(item.__doc__, flush=True)
         item(args, best)
+    print(f'compare: python compare.py {base.out}' + ' --tuning_seeds=1' * args.small)
 
 
 if __name__ == '__main__':
