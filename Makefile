@@ -19,6 +19,8 @@ test: .venv/installed
 		--deselect=test_20k_experiment.py::test_guide test_20k_experiment.py tests
 
 .venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: PYTHON is $(PYTHON), " \
+		"which is " + sys.version.split()[0] + ", it must be 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
