@@ -89,19 +89,41 @@ def parse_args(argv):
         fail(f'--gbit is {args.gbit:g}, it must be above 0')
     if not args.latency_us >= 0:
         fail(f'--latency_us is {args.latency_us:g}, it must be at least 0')
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        fail(f'--json is {args.json}, it must be a file in a folder that exists')
     check_text_arguments(args)
-    unsharded = [name for name in ('largest', 'textbook', 'profile', 'input', 'kept', 'kernels')
-                 if getattr(args, name)]
+    refuse_what_does_nothing(args)
+    check_outputs(args)
+    return args, flags
+
+
+def refuse_what_does_nothing(args):
+    """Refuse flags that the measurement asked for would ignore."""
+    def given(*names):
+        return [f'--{name}' for name in names if getattr(args, name)]
+
+    unsharded = given('largest', 'textbook', 'profile', 'input', 'kept', 'kernels')
     if args.shard and unsharded:
-        fail(f'--{unsharded[0]} is for one process; leave out --shard')
-    measurements = [f'--{name}' for name in ('input', 'kept', 'kernels', 'decode') if getattr(args, name)]
-    if args.largest and measurements:
-        fail(f'--largest is for measuring steps, not for {measurements[0]}')
+        fail(f'{unsharded[0]} is for one process; leave out --shard')
+    measurements = given('input', 'kept', 'kernels', 'decode')
     if len(measurements) > 1:
         fail(f'{" and ".join(measurements)} are two measurements; choose one')
-    return args, flags
+    of_steps = given('largest', 'profile', 'micro_steps', *['textbook'] * (not args.decode))
+    if measurements and of_steps:
+        fail(f'{of_steps[0]} is for measuring steps, not for {measurements[0]}')
+    if args.gbit and not args.shard:
+        fail('--gbit is for predicting what --shard measures; add --shard')
+
+
+def check_outputs(args):
+    """Refuse a --profile or a --json that cannot be written, before anything is measured."""
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        fail(f'--json is {args.json}, it must be a file in a folder that exists')
+    for name, folder in ('json', args.json and args.json.parent), ('profile', args.profile):
+        if folder:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                fail(f'--{name} is {getattr(args, name)}, which cannot be written: {error.strerror}')
 
 
 if __name__ == '__main__':
@@ -160,7 +182,6 @@ def write_profile(candidate, folder):
     with torch.profiler.profile() as profile:
         candidate.step()
         candidate.step()
-    folder.mkdir(parents=True, exist_ok=True)
     order = 'self_cuda_time_total' if candidate.cuda else 'self_cpu_time_total'
     table = profile.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
     (folder / f'{candidate.name}.txt').write_text(table)
@@ -202,8 +223,6 @@ def largest_batch(peak, windows, total):
 def bench_simulated(configs, args):
     """Print what the configs' steps took, the dense control's first. Returns result() of each."""
     world = find_world(configs[0])
-    if world.processes > 1:
-        fail(f'{world.processes} processes, of which only one would be measured; add --shard')
     kinds = [(Candidate, config) for config in configs] + [(Textbook, configs[0])] * args.textbook
 
     def build(windows):
@@ -260,7 +279,8 @@ def bench_input(config, args):
 
 def peak_resident():
     """The most memory that this process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == 'darwin' else 2**10)  # macOS counts bytes, Linux KiB
 
 
 def load_configs(args, flags):
@@ -280,21 +300,33 @@ def load_configs(args, flags):
     return configs
 
 
+def measure(configs, args):
+    """Print what was asked for. Returns it for --json; None on all processes but rank 0."""
+    if args.input:
+        return bench_input(configs[0], args)
+    if args.kept:
+        return bench_kept(configs, args)
+    if args.kernels:
+        return bench_kernels(configs, args)
+    if args.decode:
+        return bench_decode(configs, args)
+    return (bench_sharded if args.shard else bench_simulated)(configs, args)
+
+
 def main(argv):
     args, flags = parse_args(argv)
     # compiled, every config is one more graph of one function; torch keeps 8, and would run the rest eagerly
     torch._dynamo.config.recompile_limit = 1000
     configs = load_configs(args, flags)
-    if args.input:
-        report = bench_input(configs[0], args)
-    elif args.kept:
-        report = bench_kept(configs, args)
-    elif args.kernels:
-        report = bench_kernels(configs, args)
-    elif args.decode:
-        report = bench_decode(configs, args)
-    else:
-        report = (bench_sharded if args.shard else bench_simulated)(configs, args)
+    processes = find_world(configs[0]).processes
+    if processes > 1 and not args.shard:
+        fail(f'there are {processes} processes, and each would measure alone: start one without torchrun, or '
+             'add --shard, which is for steps and --decode')
+    try:
+        report = measure(configs, args)
+    except torch.OutOfMemoryError:
+        fail('out of GPU memory, where the models of all configs stay: name fewer configs, or set a smaller '
+             '--batch_size, with --decode a smaller --batch or --prompt')
     if args.json and report:
         write_json(args.json, report)
 

@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from functools import cache
 
-import pytest
 import torch
 
+from analysis.families import GUIDE_UNITS
 from configurator import (
     ROOT,
     RUNS,
@@ -32,6 +32,7 @@ from train import with_blocks
 from variants import gpt_config
 
 EIGHT = ['config/train_gpt2.py', *RUNS]
+BLOCKS = {path: unit * (12 // len(unit)) for path, unit in zip(RUNS, GUIDE_UNITS, strict=True)}
 SIZES = {'124M': 125e6, '350M': 355e6, '774M': 774e6}  # parameters: the guide's, GPT-2 medium's, large's
 VOCAB_SIZE = GPTConfig.vocab_size
 MAY_DIFFER = {'out_dir', 'wandb_run_name', 'block_types'}
@@ -65,13 +66,18 @@ def mean_communications(config):
 
 
 def check_loads(path):
-    """The config loads, logs to the guide's project, and is named after its communications if no rival."""
+    """
+    The config loads, logs to the guide's project, has the guide's blocks, and is named after its
+    communications if no rival.
+    """
     config, *_ = observe(path)
     count = mean_communications(config)
     named = config.wandb_run_name.split('-')[2:3]  # gpt2-124M-12comm-and-more
     assert 'rivals/' in path or named == [f'{count}comm'] * (count != '0'), \
         f'{count} communications, but {config.wandb_run_name}'
     assert config.wandb_log and config.wandb_project == 'owt'
+    assert config.block_types == BLOCKS.get(path, config.block_types), \
+        f'{pattern(config.block_types)}, the guide has {pattern(BLOCKS[path])}'
 
 
 def parameters_of_gpt2(n_layer, n_embd, block_size=1024):
@@ -101,13 +107,17 @@ CHECKS = {'All configs load correctly': check_loads, 'Models have {} parameters 
           'Forward pass works for each configuration': check_runs}
 
 
-@pytest.mark.parametrize('check', CHECKS.values(), ids=lambda check: check.__name__)
-@pytest.mark.parametrize('path', EIGHT)
+def pytest_generate_tests(metafunc):
+    """pytest's parameters, without its import: this script runs where pytest is not installed."""
+    metafunc.parametrize('path', EIGHT)
+    if 'check' in metafunc.fixturenames:
+        metafunc.parametrize('check', CHECKS.values(), ids=lambda check: check.__name__)
+
+
 def test_guide(check, path):
     check(path)
 
 
-@pytest.mark.parametrize('path', EIGHT)
 def test_runs_differ_only_in_blocks(path):
     ours, baseline = (vars(load([str(ROOT / name)])) for name in (path, 'config/train_gpt2_24comm.py'))
     differing = {key for key in ours if ours[key] != baseline[key]}

@@ -22,6 +22,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
@@ -95,11 +96,20 @@ def hash_file(path):
         return hashlib.file_digest(file, 'sha256').digest()
 
 
+def import_library(name):
+    """A library that only some corpora need. Raises ValueError, with the remedy, if it is missing."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ValueError(f'{name} is needed here and cannot be imported ({error}): pip install {name}') \
+            from None
+
+
 def hub_revision(repo, out):
     """
     The commit of a Hugging Face dataset that an earlier start in `out` has taken, else the newest one.
 
-    Raises ValueError if the hub has to be asked and does not answer.
+    Raises ValueError if the hub has to be asked and cannot be.
     """
     for path in (out / 'meta.json', out / 'parts' / 'plan.json'):
         try:
@@ -108,9 +118,9 @@ def hub_revision(repo, out):
                 return source['revision']
         except (OSError, ValueError, LookupError, TypeError):
             pass  # no earlier start, or one of another dataset
-    from huggingface_hub import HfApi
+    hub = import_library('huggingface_hub')
     try:
-        return HfApi().dataset_info(repo).sha
+        return hub.HfApi().dataset_info(repo).sha
     except Exception as error:  # of whichever network library this release of huggingface_hub uses
         raise ValueError(f'cannot reach {repo} on the Hugging Face hub ({error})') from None
 
@@ -205,9 +215,14 @@ def prepared_already(out, meta):
         remove_parts(out / 'parts')
         print(f'{out} is already prepared')
         return True
-    if is_prepared(out, {}):
-        raise ValueError(f'{out} holds another corpus: delete its meta.json or choose another --out')
+    refuse_another(out, meta)
     return False
+
+
+def refuse_another(out, meta):
+    """Raises ValueError if the folder `out` holds a whole corpus whose meta.json has other entries."""
+    if is_prepared(out, {}) and not is_prepared(out, meta):
+        raise ValueError(f'{out} holds another corpus: delete its meta.json or choose another --out')
 
 
 # parts

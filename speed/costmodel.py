@@ -202,16 +202,21 @@ def sweep(group, device):
         message = torch.zeros(size // 4, device=device)
         repeats = min(max(round(0.2 / slowest(timed(message))), 3), 20)
         points.append((size, slowest(statistics.median(timed(message) for _ in range(repeats)))))
-        if points[-1][1] > 0.5:  # a slow link is known well enough by now
+        if points[-1][1] > max(0.5, 2 * points[0][1]):  # a slow link is known well enough by now
             break
     return points
 
 
 def fit(points):
-    """The Link nearest to a sweep: least squares of the relative errors, alpha and 1 / beta not negative."""
+    """
+    The Link nearest to a sweep: least squares of the relative errors, alpha and 1 / beta not negative. Ends
+    the program if larger messages took no longer.
+    """
     sizes, seconds = np.array(points, dtype=float).T
     (alpha, slowness), _ = nnls(np.stack((1 / seconds, sizes / seconds), axis=1), np.ones(len(points)))
-    assert slowness > 0, f'no message took longer than a smaller one: {points}'
+    if not slowness > 0:
+        fail(f'this link shows no rate: all-reduces of {sizes[0]:.0f} to {sizes[-1]:.0f} bytes took '
+             f'{seconds[0]:.3g} to {seconds[-1]:.3g} s; measure again while nothing else uses it')
     return Link(float(alpha), float(1 / slowness))
 
 

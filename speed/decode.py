@@ -17,7 +17,7 @@ from configurator import fail
 from model import KeyValues, TPGroup, count_all_reduces
 from speed import costmodel
 from speed.candidates import interval, take_turns
-from speed.sharded import hides, keep_slowest, lone_world, measure_links
+from speed.sharded import hides, keep_slowest, lone_world, measure_links, sharded_world
 from train import build_model
 from training.distributed import connect, find_world
 from variants import Flight, gpt_config
@@ -224,10 +224,10 @@ def bench_decode(configs, args):
 
     Returns the rows as dicts, on rank 0.
     """
-    config, world, links, given = configs[0], find_world(configs[0]), None, None
-    if (world.processes > 1) != args.shard or args.shard and world.ddp_size > 1:
-        fail(f'--decode takes tp_size processes with --shard, here {config.tp_size}, else one; there are '
-             f'{world.processes}')
+    config, links, given = configs[0], None, None
+    world = sharded_world(configs) if args.shard else find_world(config)
+    if world.ddp_size > 1:
+        fail(f'--decode --shard takes tp_size processes, here {config.tp_size}; there are {world.processes}')
     if args.shard:
         world = connect(config, world)
         links, given = measure_links(world, args)

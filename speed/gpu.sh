@@ -25,10 +25,11 @@ mkdir -p "$out"
 
 # measure NAME ARGUMENT...: bench.py's output in $out/NAME.txt, its numbers in NAME.json, profiles in NAME/
 measure() {
-    local name=$1
+    local name=$1 profile=(--profile="$out/$1")
     shift
+    [[ $1 = --decode ]] && profile=()  # only steps have one
     [ -e "$out/$name.txt" ] && return
-    "$python" bench.py "$@" --rounds=$rounds --json="$out/$name.json" --profile="$out/$name" |
+    "$python" bench.py "$@" --rounds=$rounds --json="$out/$name.json" "${profile[@]}" |
         tee "$out/$name.part" || return 1
     mv "$out/$name.part" "$out/$name.txt"
 }

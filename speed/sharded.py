@@ -31,6 +31,21 @@ class WaitingCandidate(Candidate):
             super().step()
 
 
+def sharded_world(configs):
+    """
+    The World of these processes, not yet joined. Refuses a lone process, and a config of another tp_size than
+    the first's: it would be measured at the first's.
+    """
+    world = find_world(configs[0])
+    for config in configs:
+        if config.tp_size != configs[0].tp_size:
+            config.refuse(f'tp_size is {config.tp_size}, but {configs[0].tp_size} in the control, '
+                          f'{configs[0].wandb_run_name}')
+    if world.processes == 1:
+        fail('--shard needs more processes: torchrun --standalone --nproc_per_node=2 bench.py --shard ...')
+    return world
+
+
 def measure_links(world, args):
     """
     (the Link of each of 'tp', 'ddp' and 'all' that is there, measured; the same for --gbit, None without it).
@@ -98,14 +113,7 @@ def bench_sharded(configs, args):
 
     Returns it as a dict on rank 0, None on the others.
     """
-    world = find_world(configs[0])
-    for config in configs:
-        if config.tp_size != configs[0].tp_size:
-            config.refuse(f'tp_size is {config.tp_size}, but {configs[0].tp_size} in the control, '
-                          f'{configs[0].wandb_run_name}')
-    if world.processes == 1:
-        fail('--shard needs more processes: torchrun --standalone --nproc_per_node=2 bench.py --shard ...')
-    world = connect(configs[0], world)
+    world = connect(configs[0], sharded_world(configs))
     links, given = measure_links(world, args)
     lone, pairs = lone_world(world), []
     for config in configs:

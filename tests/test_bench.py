@@ -4,6 +4,7 @@ bench.py, simulated and sharded, and speed.slow_link: what they print is consist
     python -m pytest tests/test_bench.py
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench
 from configurator import ROOT, load
@@ -79,6 +82,23 @@ def test_a_simulated_bench_measures_the_dense_control_first(tmp_path):
     assert [row['name'] for row in rows] == ['gpt2-cpu', 'gpt2-2comm-cpu', 'textbook']
     assert rows[0]['ratio'] == 1 and all(row['low'] <= row['ratio'] <= row['high'] for row in rows)
     assert all(row['tokens_per_sec'] == pytest.approx(3 * 16 / row['step_seconds']) for row in rows)
+
+
+def test_a_profile_lists_the_operations_of_two_steps(tmp_path):
+    candidate = SimpleNamespace(name='toy', cuda=False, step=lambda: torch.ones(2, 3) @ torch.ones(3, 2))
+    bench.write_profile(candidate, tmp_path)
+    line, = (line for line in (tmp_path / 'toy.txt').read_text().splitlines() if 'aten::mm' in line)
+    assert line.split()[-1] == '2'
+    trace = json.loads(gzip.decompress((tmp_path / 'toy.json.gz').read_bytes()))
+    assert sum(event['name'] == 'aten::mm' for event in trace['traceEvents']) == 2
+
+
+def test_the_reading_of_a_steps_windows_is_a_share_of_the_step(tmp_path, capsys):
+    bench.main(['--input', *CONTROL, *TINY, '--gradient_accumulation_steps=3', f'--json={tmp_path}/report'])
+    report = json.loads((tmp_path / 'report').read_text())
+    assert capsys.readouterr().out.startswith('6 windows of 8 tokens: ')
+    assert report['share'] == pytest.approx(report['seconds'] * 500e3 / (6 * 8))
+    assert 0 < report['low'] <= report['seconds'] <= report['high'] and 0 <= report['grown_mib'] < 1000
 
 
 TEXT = ['config/rivals/train_gpt2_ladder.py', *TINY, '--decode', '--prompt=6', '--new=4', '--batch=3']
@@ -177,14 +197,21 @@ def test_rows_are_named_after_the_blocks_that_flags_give_them_and_measured_once(
     (['--shard', '--textbook'], 1, '--textbook'),
     (['--shard', '--kept'], 1, '--kept'),
     (['--input', '--kept'], 1, 'choose one'), (['--decode', '--kept'], 1, 'choose one'),
+    (['--decode', '--profile=out'], 1, '--profile is for measuring steps, not for --decode'),
+    (['--kernels', '--micro_steps=2'], 1, '--micro_steps is for measuring steps, not for --kernels'),
+    (['--input', '--textbook'], 1, '--textbook is for measuring steps, not for --input'),
+    (['--gbit=1'], 1, 'add --shard'),
     (['--decode', '--new=1'], 1, '--new is 1, it must be at least 2'),
-    (['--decode'], 2, '--decode takes tp_size processes with --shard'),
+    (['--decode', '--shard'], 4, '--decode --shard takes tp_size processes, here 2; there are 4'),
+    (['--decode', '--shard', 'config/train_gpt2.py'], 2, 'tp_size is 1, but 2'),
     (['--shard', 'config/train_gpt2.py'], 2, 'tp_size is 1, but 2'),
-    ([], 2, 'add --shard'),
+    ([], 2, 'add --shard'), (['--input'], 2, 'start one without torchrun'),
     (['--shard', '--gbit=-1'], 1, '--gbit is -1, it must be above 0'),
     (['--shard', '--gbit=1', '--latency_us=-1'], 1, '--latency_us is -1, it must be at least 0'),
     (['--n_head=3'], 1, 'n_embd is 16, it must be a multiple of n_head, 3'),
     (['--json=no/such/folder/file'], 1, '--json is no/such/folder/file'),
+    (['--json=/proc/report'], 1, '--json is /proc/report'),
+    ([f'--profile={__file__}'], 1, 'test_bench.py, which cannot be written: File exists'),
     (['--vocab_size=0'], 1, 'vocab_size is 0'),
     (['confg/train_gpt2.py'], 1, 'confg/train_gpt2.py'),
 ], ids=str)
@@ -196,6 +223,14 @@ def test_a_bench_that_cannot_be_is_refused_in_one_line(flags, processes, words, 
     with pytest.raises(SystemExit) as stopped:
         bench.main([*TINY, *flags])
     assert words in stopped.value.code and '\n' not in stopped.value.code
+
+
+def test_out_of_gpu_memory_gets_a_line_with_flags_that_help(monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(bench, 'take_turns', out_of_memory)
+    with pytest.raises(SystemExit, match='out of GPU memory.*fewer configs.*--batch_size'):
+        bench.main([*CONTROL, *TINY])
 
 
 # a slow link

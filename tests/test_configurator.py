@@ -4,10 +4,8 @@ configurator.py: what a run's config consists of, and the one line that reports 
     python -m pytest tests/test_configurator.py
 """
 
+import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from configurator import (
     read_file,
     recipe,
 )
+from training.rundir import read_info
 
 KEYS = read_defaults()
 TWELVE, CPU = 'config/train_gpt2_12comm.py', 'config/cpu.py'
@@ -210,14 +209,6 @@ def test_an_unknown_block_type_gets_one_line_with_the_nearest_name(write, argv, 
     assert all(word in message for word in words)
 
 
-def test_an_unknown_block_type_is_refused_before_torch_is_loaded(tmp_path):
-    (tmp_path / 'torch.py').write_text('raise SystemExit("torch was loaded")')
-    ended = subprocess.run([sys.executable, ROOT / 'train.py', '--block_types=sdp'], capture_output=True,
-                           text=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
-    assert ended.returncode == 1 and ended.stdout == ''
-    assert ended.stderr.startswith('error: block_types has') and len(ended.stderr.splitlines()) == 1
-
-
 def test_a_file_that_is_not_text_gets_one_line(tmp_path):
     (tmp_path / 'bytes.py').write_bytes(b'seed = 2 # \xff\xfe')
     assert 'bytes.py' in refusal(str(tmp_path / 'bytes.py'))
@@ -314,15 +305,20 @@ def test_runs_share_a_recipe_whatever_blocks_ranks_and_micro_batches_they_have()
 
 
 @pytest.mark.parametrize('file', sorted(ROOT.glob('config/rivals/*_mean.py')), ids=lambda file: file.stem)
-def test_saved_configs_of_earlier_versions_are_those_of_today(file):
+def test_saved_configs_of_earlier_versions_are_those_of_today(file, tmp_path):
     today = vars(load([str(file), CPU]))
     saved = dict(today, block_types=[f'mean_{name}' for name in today['block_types']])
     for key in 'merge', 'log_diagnostics', 'checkpoint_interval':
         del saved[key]
     saved['log_drift'] = True
-    assert complete(saved) == today
+    info = dict(name='a', state='finished', corpus={}, all_reduces={}, parameters=1, communications=8,
+                iter=9, val_loss=2.5, config=saved)
+    (tmp_path / 'run.json').write_text(json.dumps(info))
+    assert complete(saved) == read_info(tmp_path)['config'] == today
     assert complete(today) == today
     assert 'merge' not in saved  # it is left as it was
+    plain = dict(saved, block_types=['spd', 'attn_spd'] * 6)
+    assert complete(plain) == dict(today, block_types=plain['block_types'], merge='sum')
 
 
 # any input

@@ -25,6 +25,23 @@ def test_fit_finds_alpha_and_beta():
     assert costmodel.fit(noisy) == pytest.approx(link, rel=0.15)
 
 
+@pytest.mark.parametrize('link, points', [(Link(0.6, 1e6), 11), (Link(1e-3, 1e4), 4), (Link(1e-5, 1e9), 16)])
+def test_a_link_is_measured_until_the_size_of_a_message_shows(link, points, monkeypatch):
+    clock = [0.0]
+
+    def all_reduce(message, reduction, group):
+        clock[0] += link.seconds(message.nbytes)
+    monkeypatch.setattr(costmodel.dist, 'all_reduce', all_reduce)
+    monkeypatch.setattr(costmodel, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
+    measured = costmodel.sweep(None, 'cpu')
+    assert len(measured) == points and costmodel.fit(measured) == pytest.approx(link, rel=1e-3)
+
+
+def test_a_link_on_which_no_size_shows_is_refused():
+    with pytest.raises(SystemExit, match='1024 to 2048 bytes took 0.5 to 0.4 s; measure again'):
+        costmodel.fit([(1024, 0.5), (2048, 0.4)])
+
+
 def test_a_step_is_its_compute_and_each_all_reduce_on_its_link():
     messages = [Message('forward', 1000), Message('forward', 1000), Message('average', 600)]
     links = dict(tp=Link(0.5, 100.0), ddp=Link(0.25, 200.0))

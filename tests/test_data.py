@@ -7,16 +7,21 @@ processes, validation reads each token once, and whatever does not fit is refuse
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tiktoken
@@ -26,6 +31,7 @@ from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from configurator import ROOT
+from data import preparing
 from data.corpus import (
     DATA_DIR,
     EOT,
@@ -38,8 +44,13 @@ from data.corpus import (
     open_corpus,
 )
 from data.dataloader import TrainLoader, val_batches
-from data.preparing import Job, encode_documents, make_parts, remove_parts, write_corpus
+from data.fineweb import prepare as fineweb
+from data.openwebtext import prepare as openwebtext
+from data.preparing import Job, encode_documents, import_library, make_parts, remove_parts, write_corpus
+from data.pystdlib import prepare as pystdlib
+from data.shakespeare_char import prepare as shakespeare_char
 from data.text import prepare as text
+from toy_runs import contents
 
 META = dict(dataset='pystdlib', corpus='numbers', source={}, tokenizer='gpt2', vocab_size=50257)
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=60)
@@ -425,6 +436,158 @@ def test_fineweb_shards_from_a_folder_are_read_across_their_border(tmp_path):
     assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1, refused.stderr
 
 
+@pytest.fixture
+def called(monkeypatch):
+    """Runs a prepare script's main() in this process."""
+    def call(script, *flags):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, flags)])
+        script.main()
+    return call
+
+
+def offline(*args, **kwargs):
+    raise OSError('no network')
+
+
+def hub(**functions):
+    """A stand-in for the library that reaches the hub."""
+    return lambda name: SimpleNamespace(**functions)
+
+
+def test_a_fineweb_download_goes_on_and_refuses_what_is_no_shard(tmp_path, called, monkeypatch, capsys):
+    out, fetched, whole = tmp_path / 'fineweb', [], {'fineweb_val_000000.bin', 'fineweb_train_000001.bin'}
+
+    def fetch(repo, name, repo_type, revision, local_dir):
+        fetched.append(name)
+        return write_tokens(local_dir / name, numbers(9), header=name in whole)
+
+    monkeypatch.setattr(fineweb, 'hub_revision', lambda repo, out: 'abc')
+    monkeypatch.setattr(fineweb, 'import_library', hub(hf_hub_download=fetch))
+    with pytest.raises(ValueError, match='train_000002.bin is no FineWeb shard'):
+        called(fineweb, f'--out={out}', '--shards=2')
+    assert {path.name for path in out.iterdir()} == whole | {'parts'}
+    called(fineweb, f'--out={out}', '--shards=1')  # what is there is enough
+    whole.add('fineweb_train_000002.bin')
+    called(fineweb, f'--out={out}', '--shards=2')  # and more may be added to it
+    assert sorted(fetched) == sorted([*whole, 'fineweb_train_000002.bin'])
+    assert len(open_corpus('fineweb', tmp_path).train) == 18
+    monkeypatch.setattr(fineweb, 'import_library', hub(hf_hub_download=offline))
+    with pytest.raises(ValueError, match=r'cannot download fineweb_train_000003.bin .*no network'):
+        called(fineweb, f'--out={out}', '--shards=3')
+    capsys.readouterr()
+    called(fineweb, f'--out={out}', '--shards=2')
+    assert 'already prepared' in capsys.readouterr().out
+
+
+def test_fineweb_keeps_its_own_shards_when_others_are_named(tmp_path, called):
+    shards, out = tmp_path / 'shards', tmp_path / 'fineweb'
+    for folder, tokens in (shards, numbers(9)), (out, numbers(8)):
+        folder.mkdir()
+        for name in 'fineweb_val_000000.bin', 'fineweb_train_000001.bin':
+            write_tokens(folder / name, tokens, header=True)
+    before = contents(out)
+    with pytest.raises(ValueError, match='fineweb_val_000000.bin is a file, not a link: delete it or'):
+        called(fineweb, f'--input={shards}', f'--out={out}')
+    assert contents(out).items() >= before.items()
+    called(fineweb, f'--input={out}', f'--out={out}')
+    with pytest.raises(ValueError, match='holds another corpus'):
+        called(fineweb, f'--input={shards}', f'--out={out}')
+    assert contents(out).items() >= before.items() and len(open_corpus('fineweb', tmp_path).train) == 8
+
+
+def test_a_text_as_characters_is_kept_when_another_is_named(tmp_path, called, capsys):
+    out, words = tmp_path / 'characters', 'To be, or not to bé. ' * 20
+    (tmp_path / 'one.txt').write_text(words, encoding='utf-8')
+    (tmp_path / 'two.txt').write_bytes(b'caf\xe9')
+    for _ in range(2):
+        called(shakespeare_char, f'--input={tmp_path / "one.txt"}', f'--out={out}')
+    assert capsys.readouterr().out.endswith('is already prepared\n')
+    corpus = open_corpus('characters', tmp_path)
+    assert load_tokenizer(corpus.meta).decode(read_all(corpus.train) + read_all(corpus.val)) == words
+    assert len(corpus.train) == 9 * len(corpus.val) and corpus.meta['chars'] == ''.join(sorted(set(words)))
+    with pytest.raises(ValueError, match='characters holds another corpus: delete its meta.json'):
+        called(shakespeare_char, f'--input={tmp_path / "two.txt"}', f'--out={out}')
+    assert read_all(open_corpus('characters', tmp_path).train) == read_all(corpus.train)
+    with pytest.raises(ValueError, match='two.txt is not UTF-8 text'):
+        called(shakespeare_char, f'--input={tmp_path / "two.txt"}', f'--out={tmp_path / "other"}')
+
+
+def test_a_download_of_another_text_is_not_tiny_shakespeare(tmp_path, called, monkeypatch):
+    monkeypatch.setattr(shakespeare_char, 'urlopen', offline)
+    with pytest.raises(OSError, match='no network.*: give the text with --input=FILE'):
+        called(shakespeare_char, f'--out={tmp_path}')
+    monkeypatch.setattr(shakespeare_char, 'urlopen', lambda url, timeout: io.BytesIO(b'a page of a proxy'))
+    with pytest.raises(ValueError, match='input.txt is not tiny Shakespeare'):
+        called(shakespeare_char, f'--out={tmp_path}')
+    assert not (tmp_path / 'meta.json').exists()
+
+
+def test_the_sources_of_another_python_stay_as_they_are(tmp_path, called, monkeypatch, capsys):
+    for name in pystdlib.find_modules(Path(sysconfig.get_paths()['stdlib'])):
+        assert not name.startswith(('turtle', 'pydoc_data')) and '/test' not in name
+    modules = {f'{i}.py': tmp_path / f'{i}.py' for i in range(30)}
+    for path in modules.values():
+        path.write_text(f'name = {path.name!r}\n')
+    monkeypatch.setattr(pystdlib, 'find_modules', lambda folder: modules)
+    out = tmp_path / 'pystdlib'
+    called(pystdlib, f'--out={out}')
+    before = contents(out)
+    corpus = open_corpus('pystdlib', tmp_path)
+    assert (read_all(corpus.train) + read_all(corpus.val)).count(256) == 30
+    called(pystdlib, f'--out={out}')
+    monkeypatch.setattr(platform, 'python_version', lambda: '3.99.0')
+    called(pystdlib, f'--out={out}')
+    *_, already, another = capsys.readouterr().out.splitlines()
+    assert already.endswith('is already prepared') and before == contents(out)
+    assert f'{corpus.meta["corpus"]}; for those of this Python, 3.99.0, delete its meta.json' in another
+
+
+def test_the_revision_of_an_earlier_start_is_taken_again_without_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparing, 'import_library', hub(HfApi=offline))
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'parts/plan.json').write_text('{"source": {"dataset": "a/b", "revision": "of the plan"}}')
+    assert preparing.hub_revision('a/b', tmp_path) == 'of the plan'
+    (tmp_path / 'meta.json').write_text('{"source": {"dataset": "a/b", "revision": "of the meta"}}')
+    assert preparing.hub_revision('a/b', tmp_path) == 'of the meta'
+    with pytest.raises(ValueError, match=r'cannot reach a/c on the Hugging Face hub \(no network\)'):
+        preparing.hub_revision('a/c', tmp_path)
+    with pytest.raises(ValueError, match='nosuchlibrary is needed here .*: pip install nosuchlibrary'):
+        import_library('nosuchlibrary')
+
+
+def test_an_openwebtext_that_is_not_whole_is_refused():
+    documents = datasets.Dataset.from_dict(dict(text=['one', 'two', 'three']))
+    builder = SimpleNamespace(download_and_prepare=lambda: None, as_dataset=lambda split: documents)
+    args, source = SimpleNamespace(input=None, name='', rows=openwebtext.ROWS), dict(revision='abc')
+    with pytest.raises(ValueError, match='revision abc has 3 documents, it must have 8,013,769: .*--rows=3'):
+        openwebtext.load_documents(builder, args, source)
+    args.rows = 3
+    assert openwebtext.load_documents(builder, args, source) is documents
+
+
+@pytest.mark.parametrize('tokenizer, whole', [('gpt2', 94e9), ('byte', 222e9)])
+def test_openwebtext_needs_what_its_help_says_less_what_is_done(tmp_path, tokenizer, whole):
+    builder = SimpleNamespace(cache_dir=tmp_path / 'cache')
+    args = SimpleNamespace(input=None, out=tmp_path, tokenizer=tokenizer)
+    assert f'{whole / 1e9:g}' in openwebtext.__doc__
+    assert sum(size for _, size in openwebtext.find_needs(builder, args)) == whole
+    builder.cache_dir.mkdir()
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'parts/train-00000000.bin').write_bytes(bytes(1000))
+    assert openwebtext.find_needs(builder, args) == [(tmp_path, whole - 54e9 - 1000)]
+
+
+def test_a_prepared_openwebtext_needs_no_network_and_no_datasets(tmp_path, called, monkeypatch, capsys):
+    out, path = tmp_path / 'openwebtext', write_lines(tmp_path / 'a.jsonl', ['one'])
+    meta = META | dict(dataset='openwebtext', corpus='documents of --input', source=dict(
+        files=[dict(name='a.jsonl', sha256=hashlib.sha256(path.read_bytes()).hexdigest())]))
+    write_corpus(out, meta, dict(train=[numbers(9)], val=[numbers(5)]))
+    monkeypatch.setattr(openwebtext, 'load_encoding', offline)
+    monkeypatch.setattr(openwebtext, 'import_library', offline)
+    called(openwebtext, f'--input={path}', f'--out={out}')
+    assert capsys.readouterr().out == f'{out} is already prepared\n'
+
+
 # own text
 
 
@@ -641,7 +804,9 @@ def test_flags_a_full_disk_and_a_folder_with_another_corpus_are_refused(prepare,
         prepare('--input', path, out=None)
     prepare('--input', path, '--val_share=0.25')
     written = Path('own/train.bin').stat().st_mtime_ns
-    prepare('--input', path, '--val_share=0.25')
+    with monkeypatch.context() as patch:
+        patch.setattr(text, 'load_encoding', offline)  # what is prepared needs no tokenizer
+        prepare('--input', path, '--val_share=0.25')
     assert Path('own/train.bin').stat().st_mtime_ns == written
     with pytest.raises(ValueError, match='own holds another corpus: delete its meta.json or choose another'):
         prepare('--input', path, '--val_share=0.5')

@@ -34,12 +34,12 @@ def full_disk(size):
     """
     No file of this process grows beyond `size` bytes: a write that would raises OSError, as on a full disk.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_warned_of(undisturbed, tmp_path, monkeypatch, capsys):

@@ -39,11 +39,16 @@ def test_bad_input_gets_one_line_before_any_work(tmp_path, flags, words):
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_mistyped_flag_is_refused_before_torch_is_loaded(tmp_path):
+@pytest.mark.parametrize('flag, words', [
+    ('--lerning_rate=1', '--lerning_rate=1: no key is called lerning_rate; learning_rate?\n'),
+    ('--block_types=sdp', 'block_types has '),
+    ('--block_types=fal,ladder', 'block_types has fal and ladder, '),
+])
+def test_a_mistaken_flag_is_refused_before_torch_is_loaded(tmp_path, flag, words):
     (tmp_path / 'torch.py').write_text('raise ImportError')
-    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), '--lerning_rate=1'], text=True,
+    done = subprocess.run([sys.executable, str(ROOT / 'train.py'), flag], text=True,
                           env=os.environ | dict(PYTHONPATH=str(tmp_path)), capture_output=True)
-    assert done.stderr == 'error: --lerning_rate=1: no key is called lerning_rate; learning_rate?\n'
+    assert done.stderr.startswith(f'error: {words}') and len(done.stderr.splitlines()) == 1
     assert (done.returncode, done.stdout) == (1, '')
 
 

@@ -101,13 +101,6 @@ def test_any_order_of_blocks_equals_the_loop_over_ranks(block_types, tp_size, bi
     assert_same(model_results(model, *batch()), reference_results(model, *batch()), 1e-9)
 
 
-@pytest.mark.parametrize('tp_size', [1, 2, 3])
-@pytest.mark.parametrize('block_types', ORDERS, ids='-'.join)
-def test_a_merge_by_the_mean_equals_the_loop_over_ranks(block_types, tp_size):
-    model = build(block_types, tp_size, bias=True, merge='mean')
-    assert_same(model_results(model, *batch()), reference_results(model, *batch()), 1e-9)
-
-
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('block_type', ['spd', 'parallel'])
 def test_on_one_rank_all_block_types_are_dense_gpt2(block_type, bias):

@@ -1,11 +1,14 @@
 """
-The README's Python: it runs, its config file loads, and the block types that it adds train.
+The README's Python: it runs, its config file loads, and the block types that it adds train. Its commands that
+train have flags and configs that there are.
 
     python -m pytest tests/test_readme.py
 """
 
 import math
 import re
+import shlex
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +17,11 @@ import model
 from configurator import ROOT, load
 from toy_runs import micro_batches, toy
 from train import train_step
+from training import pretrained
 
-PYTHON = re.findall(r'^```python\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)
+README = (ROOT / 'README.md').read_text()
+PYTHON = re.findall(r'^```python\n(.*?)^```', README, re.M | re.S)
+TRAINING = re.findall(r'^(?:torchrun .*|python )train\.py (.*)', README, re.M)  # the arguments
 
 
 @pytest.fixture
@@ -35,6 +41,13 @@ def test_its_config_file_loads(tmp_path):
         path.write_text(text)
         config = load([str(path)])
         assert config.wandb_run_name in text and len(config.block_types) == config.n_layer
+
+
+def test_its_commands_that_train_load(added, monkeypatch):
+    monkeypatch.setattr(pretrained, 'load', lambda source: SimpleNamespace(shape=dict(bias=True)))
+    assert len(TRAINING) > 4 and {'--shard=True', '--init_from=gpt2'} <= set(' '.join(TRAINING).split())
+    for arguments in TRAINING:
+        load(shlex.split(arguments, comments=True))
 
 
 def test_its_blocks_are_counted_as_they_all_reduce_and_they_train(added):

@@ -24,7 +24,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 import model as gpt  # noqa: E402
-from configurator import ROOT, load  # noqa: E402
+from configurator import COMMUNICATIONS, ROOT, communications, load  # noqa: E402
 from model import GPT, GPTConfig, TPGroup, count_all_reduces  # noqa: E402
 from reference import reference_loss  # noqa: E402
 from reference_rivals import reference_rivals  # noqa: E402
@@ -57,7 +57,7 @@ MIXES = [mix(seed) for seed in range(6)] + [
     (['parallel', 'ladder', 'ladder', 'parallel'], {}), (['ladder', 'tp', 'ladder', 'spd'], {}),
     (['parallel', 'dtp', 'dtp', 'parallel'], dict(dtp_delay=2)), (['dtp', 'caat', 'tp'], dict(dtp_delay=3)),
     (['dtp', 'dtp', 'ladder', 'dtp'], dict(dtp_delay=3))]
-MERGED = [(['parallel', 'spd', 'attn_spd', 'palm', 'parallel'], dict(merge=merge))
+MERGED = [(['parallel', 'spd', 'tp', 'attn_spd', 'palm', 'parallel'], dict(merge=merge))
           for merge in ('mean', 'rsqrt', 'desync')]
 MERGED += [([name] * 2, dict(merge=merge)) for name in PLAIN for merge in ('rsqrt', 'desync')]
 
@@ -207,6 +207,11 @@ def test_compiles_without_a_graph_break(block_types):
 # all-reduces
 
 
+def test_the_registry_and_the_classes_have_the_same_names():
+    assert COMMUNICATIONS.keys() == gpt.BLOCKS.keys()
+    assert communications(['attn_spd'] * 11 + ['spd'], 2) == communications(['spd'] * 12, 2) == 12
+
+
 @pytest.mark.parametrize('L', [2, 3, 5])
 @pytest.mark.parametrize('block_type, settings, forward, backward, hidden', [
     ('palm', {}, lambda L: L, lambda L: L, lambda L: 0),
@@ -354,13 +359,6 @@ def test_what_does_not_go_together_is_refused_in_one_line(settings, words):
         load([*flags, f'--n_layer={len(types)}'])
     message = str(refusal.value).replace("'", '')
     assert words in message and '\n' not in message and flags[-1].partition('=')[0].lstrip('-') in message
-
-
-def test_refusals_come_before_torch_is_loaded():
-    code = ('import sys\nfrom configurator import load\ntry:\n    load(["--block_types=fal,ladder"])\n'
-            'except SystemExit as end:\n    print("torch" in sys.modules, end)')
-    said = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout.startswith('False error: block_types has fal and ladder, ')
 
 
 # sharded

@@ -53,8 +53,8 @@ def metrics(out_dir):
             for line in lines for kind in ('train_loss', 'val_loss') if kind in line}
 
 
+@pytest.mark.usefixtures('corpus')
 def test_a_checkpoint_goes_from_simulated_to_sharded_and_back(tmp_path):
-    launch(1, ROOT / 'data/pystdlib/prepare.py')
     stages = {'undisturbed': [(1, 8, [])],
               'mixed': [(1, 2, []), (2, 6, ['--shard=True', '--init_from=resume']),
                         (1, 8, ['--init_from=resume'])]}
@@ -80,6 +80,7 @@ def process_of(torchrun, process):
     raise AssertionError(f'no process {process}')
 
 
+@pytest.mark.usefixtures('corpus')
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_process_that_dies_ends_all_with_one_line(victim, tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',

@@ -44,7 +44,7 @@ def run(out_dir, *flags):
     Returns what sys.exit() was given, or 0.
     """
     handlers = {number: signal.getsignal(number)
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
     held = len(rundir.locks)
     try:
         train.main([*flags, *[f'--out_dir={out_dir}'] * (out_dir is not None)])

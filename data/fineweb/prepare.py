@@ -16,7 +16,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import HEADER_BYTES, MAGIC, VOCAB_SIZES, find_tokens
-from data.preparing import Parser, hub_revision, is_prepared, parts_folder, run_script, write_meta
+from data.preparing import (
+    Parser,
+    hub_revision,
+    import_library,
+    is_prepared,
+    parts_folder,
+    refuse_another,
+    run_script,
+    write_meta,
+)
 
 REPO = 'kjj0/fineweb10B-gpt2'
 SHARDS = 103
@@ -38,23 +47,32 @@ def is_shard(path):
 
 def download(names, revision, out, parts):
     """Fetch the shards that `out` lacks. Raises ValueError if the hub fails or sends what is no shard."""
-    from huggingface_hub import hf_hub_download
+    hub = import_library('huggingface_hub')
     for name in tqdm([name for name in names if not is_shard(out / name)], 'shards'):
         try:
-            path = Path(hf_hub_download(REPO, name, repo_type='dataset', revision=revision, local_dir=parts))
+            path = Path(hub.hf_hub_download(REPO, name, repo_type='dataset', revision=revision,
+                                            local_dir=parts))
         except Exception as error:  # of whichever network library this release of huggingface_hub uses
             raise ValueError(f'cannot download {name} from {REPO} ({error}): run it again') from None
-        if not is_shard(path):
+        try:
+            check_shard(path)
+        except ValueError:
             path.unlink()
-        check_shard(path)
+            raise
         os.replace(path, out / name)
 
 
 def link(names, folder, out):
-    """Make symbolic links in `out` to the shards in another folder. Raises ValueError if one is not whole."""
+    """
+    Make symbolic links in `out` to the shards in another folder.
+
+    Raises ValueError if one is not whole, or if `out` has a file in its place, as a download leaves it.
+    """
     for name in names:
         check_shard(folder / name)
         if (out / name).resolve() != (folder / name).resolve():
+            if (out / name).exists() and not (out / name).is_symlink():
+                raise ValueError(f'{out / name} is a file, not a link: delete it or choose another --out')
             (out / name).unlink(missing_ok=True)
             (out / name).symlink_to((folder / name).resolve())
 
@@ -90,6 +108,7 @@ def main():
     if is_prepared(args.out, meta | dict(shards=args.shards)):
         print(f'{args.out} is already prepared')
         return
+    refuse_another(args.out, meta)  # more of the same shards may be added
     with parts_folder(args.out, meta) as parts:
         if args.input:
             (args.out / 'meta.json').unlink(missing_ok=True)  # its shards may be about to become others

@@ -15,10 +15,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import datasets
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import load_encoding
+from data.corpus import VOCAB_SIZES, load_encoding
 from data.preparing import (
     TOKEN_BYTES,
     Job,
@@ -27,6 +25,7 @@ from data.preparing import (
     encode_documents,
     hash_file,
     hub_revision,
+    import_library,
     make_parts,
     parts_folder,
     prepared_already,
@@ -71,6 +70,10 @@ def find_source(args):
 
 def find_builder(args, source):
     """The datasets builder of the source. Raises ValueError if there is nothing that it can read."""
+    datasets = import_library('datasets')
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what matters of it becomes a line of our own
     try:
         if not args.input:
             return datasets.load_dataset_builder(REPO, CONFIG, revision=source['revision'])
@@ -85,6 +88,7 @@ def find_builder(args, source):
 
 def find_needs(builder, args):
     """[(folder, bytes)]: the free space that the whole preparation may still need, caches included."""
+    from datasets.config import HF_DATASETS_CACHE
     download, text = DOWNLOAD_BYTES, TEXT_BYTES
     if args.input:
         size = sum(path.stat().st_size for path in args.input)
@@ -92,7 +96,7 @@ def find_needs(builder, args):
     done = sum(path.stat().st_size for path in (args.out / 'parts').glob('*.bin'))
     needs = [(args.out, 2 * text * TOKEN_BYTES[args.tokenizer] - done)]
     if not Path(builder.cache_dir).exists():
-        needs.append((Path(datasets.config.HF_DATASETS_CACHE), download + text))
+        needs.append((Path(HF_DATASETS_CACHE), download + text))
     return needs
 
 
@@ -139,14 +143,12 @@ def tokenize(splits, encoding, parts, workers):
 
 def main():
     args = parse_args()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what matters of it becomes a line of our own
-    source, encoding = find_source(args), load_encoding(args.tokenizer)
+    source = find_source(args)
     meta = dict(dataset='openwebtext', corpus='documents of --input' if args.input else 'OpenWebText',
-                source=source, tokenizer=args.tokenizer, vocab_size=encoding.n_vocab)
+                source=source, tokenizer=args.tokenizer, vocab_size=VOCAB_SIZES[args.tokenizer])
     if prepared_already(args.out, meta):
         return
+    encoding = load_encoding(args.tokenizer)
     builder = find_builder(args, source)
     check_disk(find_needs(builder, args),
                'make room, choose another --out, or set HF_HOME to move the caches')

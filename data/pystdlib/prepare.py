@@ -4,7 +4,8 @@ The embedded corpus: the Python standard library's own sources, one token per by
     python data/pystdlib/prepare.py            writes train.bin, val.bin and meta.json beside this file
 
 The same Python version gives the same files wherever its sources are unaltered. So it takes only modules that
-every installation has, and of those no test folders, no tables and no generated text.
+every installation has, and of those no test folders, no tables and no generated text. A corpus of another
+Python that is there already stays, so that its runs can go on.
 """
 
 import hashlib
@@ -15,8 +16,16 @@ import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import byte_encoding
-from data.preparing import Parser, encode_documents, fraction, is_prepared, run_script, write_corpus
+from data.corpus import byte_encoding, read_meta
+from data.preparing import (
+    Parser,
+    encode_documents,
+    fraction,
+    is_prepared,
+    prepared_already,
+    run_script,
+    write_corpus,
+)
 
 # Linux distributions and container images package these separately or leave them out
 OFTEN_MISSING = {'distutils', 'ensurepip', 'idlelib', 'lib2to3', 'tkinter', 'turtle', 'turtledemo', 'venv'}
@@ -60,8 +69,11 @@ def main():
     encoding = byte_encoding()
     meta = dict(dataset='pystdlib', corpus=f'Python {platform.python_version()} standard library sources',
                 source=source, tokenizer='byte', vocab_size=encoding.n_vocab)
-    if is_prepared(out, meta):
-        print(f'{out} is already prepared')
+    if is_prepared(out, dict(dataset='pystdlib')) and not is_prepared(out, meta):
+        print(f'{out} stays as it is, {read_meta(out / "meta.json")["corpus"]}; for those of this Python, '
+              f'{platform.python_version()}, delete its meta.json or choose another --out')
+        return
+    if prepared_already(out, meta):
         return
     write_corpus(out, meta, dict(train=[encode_documents(encoding, [texts[name]]) for name in train],
                                  val=[encode_documents(encoding, [texts[name]]) for name in val]))

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import char_tokenizer
-from data.preparing import Parser, is_prepared, readable_name, run_script, write_corpus
+from data.preparing import Parser, prepared_already, readable_name, run_script, write_corpus
 from training.rundir import atomic_write
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -48,8 +48,7 @@ def main():
     parser.add_argument('--input', type=Path, metavar='FILE', help='a UTF-8 text instead of the download')
     args = parser.parse_args()
     source = dict(sha256=hashlib.sha256(args.input.read_bytes()).hexdigest() if args.input else SHA256)
-    if is_prepared(args.out, dict(dataset='shakespeare_char', source=source)):
-        print(f'{args.out} is already prepared')
+    if prepared_already(args.out, dict(dataset='shakespeare_char', source=source)):
         return
     data = args.input.read_bytes() if args.input else download(args.out / 'input.txt')
     try:

@@ -269,14 +269,15 @@ def join(paths, counts, args):
 
 def prepare(args):
     """Tokenize args.input into args.out."""
-    files, encoding = find_files(args.input), load_encoding(args.tokenizer)
+    files = find_files(args.input)
     digests = [hash_file(path) for path in files]
     source = dict(files=len(files), sha256=hashlib.sha256(b''.join(digests)).hexdigest())
     name = readable_name(args.out.resolve())
     meta = dict(dataset=name, corpus=name, source=source, tokenizer=args.tokenizer,
-                vocab_size=encoding.n_vocab, val_share=args.val_share)
+                vocab_size=VOCAB_SIZES[args.tokenizer], val_share=args.val_share)
     if prepared_already(args.out, meta):
         return
+    encoding = load_encoding(args.tokenizer)
     done = sum(path.stat().st_size for path in (args.out / 'parts').glob('*.bin'))
     needed = 2 * TOKEN_BYTES[args.tokenizer] * sum(map(text_size, files)) - done
     check_disk([(args.out, needed)], 'make room or choose another --out')
