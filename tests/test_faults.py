@@ -116,9 +116,12 @@ def test_out_of_gpu_memory_gets_a_line_with_flags_that_keep_the_batch(
     def out_of_memory(*args):
         raise torch.OutOfMemoryError('CUDA out of memory')
     monkeypatch.setattr(train, 'evaluate', out_of_memory)
-    flags = [f'--batch_size={batch_size}', f'--gradient_accumulation_steps={steps}']
-    message = refused(tmp_path, *TINY, *flags)
+    command = [*TINY, '--max_iters=1', f'--batch_size={batch_size}', f'--gradient_accumulation_steps={steps}']
+    message = refused(tmp_path, *command)
     assert words in message and 'out of GPU memory' in message and info(tmp_path)['state'] == 'failed'
+    if batch_size > 1:  # the same command with these flags trains, in the same folder
+        monkeypatch.undo()
+        assert run(tmp_path, *command, *words.split()) == 0 and info(tmp_path)['state'] == 'finished'
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'run.json', 'lock', 'ckpt.pt'])
