@@ -26,6 +26,7 @@ References  Sync-Point Drop (arXiv 2502.20727): attention's syncs of a trained n
 import argparse
 import csv
 import json
+import math
 import random
 import shlex
 import sys
@@ -65,6 +66,8 @@ def parse_args(argv):
     args.kinds = tuple(kind for kind in KINDS if kind in kinds)
     if args.random < 0:
         fail(f'--random is {args.random}, it must be at least 0')
+    if not 0 < args.margin < math.inf:
+        fail(f'--margin is {args.margin}, it must be a number of nats above 0, such as 0.02')
     return args, flags
 
 
@@ -349,7 +352,7 @@ def can_go(measured, best, margin):
     """
     within = 0
     for types in best:
-        if sum(measured.difference(types, confidence=0.9)) >= margin:
+        if not sum(measured.difference(types, confidence=0.9)) < margin:  # nor if it is not a number
             break
         within = len(dropped_in(types))
     return within
@@ -408,6 +411,10 @@ def open_net(config):
         fail('syncs.py simulates all ranks in one process; start it without torchrun')
     with config.refusing():
         corpus = open_corpus(config.dataset)
+        needed = 2 * config.block_size + 1  # an interval over windows takes two of them
+        if len(corpus.val) < needed:
+            raise ValueError(f'dataset is {corpus.name}, whose val has {len(corpus.val)} tokens; two windows '
+                             f'of block_size {config.block_size} need {needed}')
         keys = vars(config) | dict(block_types=None, dropout=0.0)
         with torch.device('meta'):
             model = GPT(gpt_config(keys))
