@@ -79,6 +79,7 @@ def load_run(args, flags):
     config.sources = {key: 'sample.py' if key in flags else args.init_from or path for key in vars(config)}
     model = GPT(gpt_config(vars(config)))
     model.load_state_dict(found.weights)
+    config.block_types = model.config.block_types  # a net of the hub names none
     return config, model.eval(), found.meta
 
 
@@ -117,8 +118,8 @@ def main(argv):
     except ValueError as error:
         fail(f'--{error}; try --device=cpu')
     # what the run says of training does not count here
-    flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_diagnostics=False, dtype='float32',
-                 backend=None)
+    flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_diagnostics=False, recompute_layers=0,
+                 dtype='float32', backend=None)
     if args.tp_size is not None:
         flags['tp_size'] = args.tp_size
     with one_line(ValueError, RuntimeError):
