@@ -318,8 +318,9 @@ def require_agreement(facts, world):
     for process, theirs in enumerate(everywhere):
         for key, value in everywhere[0].items():
             if theirs[key] != value:
+                hint = '; to resume a fine-tune, each node needs its run.json' * (key == 'init_from')
                 raise ValueError(f'{key} is {value!r:.80} for process 0, but {theirs[key]!r:.80} for process '
-                                 f'{process}; all processes must train the same run')
+                                 f'{process}; all processes must train the same run{hint}')
 
 
 def all_reduce_sum(values, world):
