@@ -150,12 +150,18 @@ def test_a_damaged_file_of_a_folder_gets_one_line(folders, tmp_path, name, text)
 
 
 def test_settings_of_a_net_that_its_new_run_drops_are_warned_of(undisturbed, tmp_path, capsys):
-    flags = [FLAGS[0], f'--init_from={undisturbed}/ckpt.pt', '--eval_tokens=64', '--eval_only=True']
-    theirs = 'tp, spd, parallel, spd'
-    for given, warned in ([], True), (['--block_types=spd'], False):
-        assert run(tmp_path, *flags, *given) == 0
-        line = f'was trained with {theirs}, this run has tp x 4; --block_types={theirs.replace(" ", "")}'
-        assert (line in capsys.readouterr().out) == warned
+    saved = checkpoint.load(undisturbed / 'ckpt.pt')
+    saved['config'] |= dict(block_types=['tp', 'dtp'] * 2, tp_size=4, dtp_delay=2)
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    flags = [FLAGS[0], f'--init_from={tmp_path}/ckpt.pt', '--eval_tokens=64', '--eval_only=True']
+    keep = ['--block_types=tp,dtp', '--tp_size=4', '--dtp_delay=2']
+    theirs = ['[tp, dtp] x 2, this run has tp x 4', 'tp_size 4, this run has tp_size 2',
+              'dtp_delay 2, this run has dtp_delay 1']
+    for given in 0, 1, 3:
+        assert run(tmp_path / 'out', *flags, *keep[:given]) == 0
+        warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning')]
+        assert warned == [f'warning: {tmp_path}/ckpt.pt was trained with {words}; {flag} keeps it'
+                          for words, flag in list(zip(theirs, keep))[given:]]
 
 
 def test_a_checkpoint_of_nanogpt(corpus, tmp_path, capsys):
