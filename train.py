@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
-from configurator import begin_program, blocks_after, fail, load, model_vocab_size, pattern, stages
+from configurator import begin_program, blocks_after, fail, load, model_vocab_size, one_line, pattern, stages
 
 if __name__ == '__main__':
     begin_program()
@@ -224,13 +224,19 @@ def train_step(net, batches, lr, config, world, stopping=False):
     return Report(found, world.processes)
 
 
+def undamaged(batches):
+    """The batches, one by one. Ends the program, in one line, if their data are damaged."""
+    with one_line(ValueError):
+        yield from batches
+
+
 @torch.no_grad()
 def evaluate(model, tokens, at_most, config, world):
     """(loss, number of tokens): the mean over the first at_most of `tokens`, each read once. Collective."""
     model.eval()
     nats, count = [], 0
-    for x, y, n in val_batches(tokens, config.block_size, config.batch_size, at_most,
-                               world.ddp_rank, world.ddp_size, world.device):
+    for x, y, n in undamaged(val_batches(tokens, config.block_size, config.batch_size, at_most,
+                                         world.ddp_rank, world.ddp_size, world.device)):
         with autocast(config, world):
             nats.append(model(x, y)[1].float() * n)
         count += n
@@ -257,14 +263,6 @@ def evaluate_extras(net, corpus, config, world):
 
 
 # the run
-
-
-def read_batches(loader, step):
-    """This process's micro-batches of a step. Ends the program, in one line, if the data are damaged."""
-    try:
-        return list(loader.batches(step))
-    except ValueError as error:
-        fail(str(error))
 
 
 def seed_dropout(config, step, world):
@@ -380,7 +378,7 @@ def main(argv):
                 if state.iter in switches:
                     net.switch(switches[state.iter], loader.micro_batch, config, world, log.say)
                 began, lr = time.perf_counter(), learning_rate(state.iter, config)
-                batches = read_batches(loader, state.iter)
+                batches = list(undamaged(loader.batches(state.iter)))
                 seed_dropout(config, state.iter, world)
                 reports.unread.append(train_step(net, batches, lr, config, world, stopping=bool(signals)))
                 state.iter += 1
