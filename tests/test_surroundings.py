@@ -23,7 +23,7 @@ import train
 from configurator import ROOT, load
 from toy_runs import DROPOUT, TINY, assert_same_run, column, info, metrics, refused, run, start, stop_at
 from training import checkpoint, rundir
-from training.distributed import find_world
+from training.distributed import attention_kernel, find_world
 
 pytestmark = pytest.mark.usefixtures('corpus')
 SHORT = [*TINY, '--max_iters=6', '--eval_interval=3', '--lr_decay_iters=6']
@@ -138,6 +138,10 @@ def test_a_network_that_is_not_there_is_named_with_its_setting(tmp_path, variabl
     assert process.returncode == 1 and out == ''
     line, = err.splitlines()
     assert all(word in line for word in words)
+
+
+def test_attention_on_a_device_without_fused_kernels_is_called_math():
+    assert attention_kernel(load(['config/cpu.py', '--device=mps']), torch.device('mps')) == 'math'
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):

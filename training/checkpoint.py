@@ -254,7 +254,8 @@ def fresh_or_resumed(net, resuming, config, corpus, world):
         if state.iter > config.max_iters and not config.eval_only:
             raise ValueError(f'max_iters is {config.max_iters}, it is at step {state.iter} already')
         load_dense_state(net, saved)
-        net.scaler.load_state_dict(saved['scaler'])
+        if saved['scaler']:  # else its first steps were not in float16
+            net.scaler.load_state_dict(saved['scaler'])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f'{path} does not fit this run: {error}') from None
     messages += [f'warning: {key} was {there} up to step {state.iter}, it is {here} from here on'

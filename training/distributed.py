@@ -135,6 +135,8 @@ def attention_kernel(config, device):
     """The kernel that torch chooses for attention in training: cudnn, flash, efficient or math."""
     if config.dropout:
         return 'eager'  # its masks are drawn by model.py
+    if device.type not in ('cpu', 'cuda'):
+        return 'math'  # torch has no choice there, as on mps
     shape = 1, config.n_head, config.block_size, config.n_embd // config.n_head
     q = torch.empty(shape, dtype=getattr(torch, config.dtype), device=device, requires_grad=True)
     chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
