@@ -60,7 +60,7 @@ import torch.distributed as dist
 from data.corpus import load_tokenizer
 from model import GPT
 from training import pretrained
-from training.distributed import World, connect, lay_out, open_device, read_environment
+from training.distributed import World, connect, open_device, read_environment, tensor_parallel_groups
 from training.sharding import shard_model
 from variants import gpt_config
 
@@ -86,7 +86,7 @@ def load_run(args, flags):
 def join_world(config, device):
     """The World of this process, joined if there are others. Refuses processes that would do nothing."""
     process, processes = read_environment()
-    world = World(process, processes, lay_out(config, processes), device)
+    world = World(process, processes, tensor_parallel_groups(config, processes), device)
     if processes != world.tp_processes:
         config.refuse(f'{processes} processes were started, must be {world.tp_processes}: tp_size if shard '
                       'is True, else one')

@@ -50,7 +50,7 @@ def parse_args(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--tokens', type=int, help='of val, from the first on; default: eval_tokens')
     parser.add_argument('--search', choices=('ranked', 'greedy'), default='ranked',
-                        help='which sync goes next: by its own loss, or the one that costs least by then')
+                        help='the next to drop: by the loss of each alone, or the cheapest by then')
     parser.add_argument('--kinds', default='attn,mlp', help='of sync points; attn alone is Sync-Point Drop')
     parser.add_argument('--margin', type=float, default=0.02, help='nats that the syncs dropped may cost')
     parser.add_argument('--random', type=int, default=0, metavar='N',
@@ -422,7 +422,7 @@ def open_net(config):
     return model.requires_grad_(False).to(world.device).eval(), corpus, world
 
 
-def lay_out(model, corpus, config, path):
+def permute_by_affinity(model, corpus, config, path):
     """Permute a model's heads and MLP columns over the ranks by affinity, and write it as a checkpoint."""
     T = min(config.block_size, PROBED, len(corpus.train))
     windows = min(PROBED, len(corpus.train)) // T
@@ -499,7 +499,7 @@ def main(argv):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.layout == 'affinity':
-            lay_out(model, corpus, config, args.out / 'affinity.pt')
+            permute_by_affinity(model, corpus, config, args.out / 'affinity.pt')
             flags = [flag for flag in flags if not flag.startswith('--init_from=')]
             flags.append(f'--init_from={args.out / "affinity.pt"}')
         measured = Measured(model, corpus, config, world, args.out / 'measured.jsonl')

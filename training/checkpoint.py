@@ -36,7 +36,7 @@ class Progress:
     best_val_loss: float = math.inf
     skipped: int = 0  # updates without a finite gradient, in all
     seconds: float = 0.0  # of training, evaluations included, over all resumes
-    metrics_bytes: int = 0  # the size of metrics.jsonl, every line of which holds
+    metrics_bytes: int = 0  # length of metrics.jsonl at this checkpoint; a resumed run cuts the file to it
     wandb_id: str | None = None
 
 
@@ -224,12 +224,12 @@ def fresh_or_resumed(net, resuming, config, corpus, world):
         return Progress(), None, []
     messages, saved = [], None
 
-    def read():
+    def load_newest():
         nonlocal saved
         path, saved = load_latest(config.out_dir, messages.append)
         return path
 
-    path = on_rank0(read, world)
+    path = on_rank0(load_newest, world)
     saved = broadcast_state(saved, world)
     network = set(SHAPE) - {'embed_scale'}
 
