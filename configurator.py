@@ -430,7 +430,7 @@ def differences(theirs, ours):
     """
     The recipe keys in which two configs, as dicts, differ: {key: (theirs, ours)}.
 
-    A step of the same windows in other micro-batches is the same step: that changes its rounding alone.
+    The same windows in other micro-batches are the same step, up to rounding and dropout's masks.
     """
     keys = sorted((theirs.keys() | ours.keys()) - HOUSEKEEPING)
     found = {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
@@ -441,7 +441,7 @@ def differences(theirs, ours):
 
 def windows_per_step(config):
     """12 x 40 and 8 x 60 are the same. None if a saved config, as a dict, has no whole numbers there."""
-    factors = [config[key] for key in STEP]
+    factors = [config.get(key) for key in STEP]
     return math.prod(factors) if all(type(factor) is int for factor in factors) else None
 
 
