@@ -12,6 +12,7 @@ import atexit
 import difflib
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -41,6 +42,7 @@ VARIED = {'seed', 'block_types', 'block_types_at', 'tp_size', 'merge', 'dtp_dela
           'embed_scale', 'perturb'}
 # the keys that follow a net whose weights a run begins with
 SHAPE = ['n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bias', 'gelu', 'embed_scale']
+STEP = {'batch_size', 'gradient_accumulation_steps'}  # only their product is the recipe's
 # the keys that change neither the recipe nor what a run computes
 HOUSEKEEPING = {
     'out_dir', 'plan', 'eval_only', 'eval_interval', 'log_interval', 'always_save_checkpoint',
@@ -429,9 +431,22 @@ def pattern(block_types):
 
 
 def differences(theirs, ours):
-    """The recipe keys in which two configs, as dicts, differ: {key: (theirs, ours)}."""
+    """
+    The recipe keys in which two configs, as dicts, differ: {key: (theirs, ours)}.
+
+    The same windows in other micro-batches are the same step, up to rounding and dropout's masks.
+    """
     keys = sorted((theirs.keys() | ours.keys()) - HOUSEKEEPING)
-    return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
+    found = {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
+    if STEP <= found.keys() and windows_per_step(theirs) == windows_per_step(ours):
+        return {key: pair for key, pair in found.items() if key not in STEP}
+    return found
+
+
+def windows_per_step(config):
+    """12 x 40 and 8 x 60 are the same. None if a saved config, as a dict, has no whole numbers there."""
+    factors = [config.get(key) for key in STEP]
+    return math.prod(factors) if all(type(factor) is int for factor in factors) else None
 
 
 def describe_changes(differences):
@@ -441,10 +456,8 @@ def describe_changes(differences):
 
 def recipe(config):
     """What two runs must share of their configs before their losses may be compared, as a dict."""
-    shared = {key: value for key, value in config.items() if key not in VARIED | HOUSEKEEPING}
-    # 12 x 40 and 8 x 60 make the same step
-    shared['windows per step'] = shared.pop('batch_size') * shared.pop('gradient_accumulation_steps')
-    return shared
+    shared = {key: value for key, value in config.items() if key not in VARIED | HOUSEKEEPING | STEP}
+    return shared | {'windows per step': windows_per_step(config)}
 
 
 def complete(config):

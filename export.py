@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import begin_program, fail, one_line, pattern
+from configurator import begin_program, fail, one_line
 
 
 def parse_args(argv):
@@ -39,20 +39,16 @@ from data.corpus import EOT, VOCAB_SIZES, byte_units, load_encoding, open_corpus
 from model import GPT
 from train import evaluate
 from training.distributed import World
-from training.pretrained import FIXED, TRANSPOSED, read_file
+from training.pretrained import FIXED, TRANSPOSED, not_dense, read_file
 from training.rundir import atomic_write, write_json
 from variants import gpt_config
 
 
-def not_dense(config):
-    """What makes the net of a GPTConfig another function than dense GPT-2 of its weights, in words."""
-    words = []
-    if set(config.block_types) != {'tp'}:
-        words.append(f'block_types is {pattern(config.block_types)}')
-    if config.merge != 'sum':
-        words.append(f'merge is {config.merge}')
-    if math.frexp(config.embed_scale)[0] != 0.5:
-        words.append(f'embed_scale is {config.embed_scale}, which is no power of 2 and not exact in wte')
+def differences_to_dense(keys):
+    """What makes the net of a run's keys another function than dense GPT-2 of its weights, in words."""
+    words = [f'it was trained with {blocks}'] if (blocks := not_dense(keys)) else []
+    if math.frexp(keys['embed_scale'])[0] != 0.5:
+        words.append(f'embed_scale is {keys["embed_scale"]}, which is no power of 2 and not exact in wte')
     return words
 
 
@@ -75,13 +71,15 @@ def loss_of(keys, weights, val):
     return evaluate(model, val, config.eval_tokens, config, world)
 
 
-def loss_change(keys, weights, dense, folded):
-    """A line: the losses of a net, its keys and weights, and of the dense one that is exported for it."""
+def loss_change(keys, weights, meta, dense, folded):
+    """A line: the losses of a run's net and of the dense one that is exported for it. meta: of its corpus"""
     try:
-        val = open_corpus(keys['dataset']).val
+        corpus = open_corpus(keys['dataset'])
+        if corpus.meta['splits']['val']['sha256'] != meta['splits']['val']['sha256']:
+            raise ValueError(f'the validation tokens of {corpus.name} are not those of its run any more')
     except ValueError as error:
         return f'warning: the change in loss is not measured: {error}'
-    (loss, tokens), (dense_loss, _) = loss_of(keys, weights, val), loss_of(dense, folded, val)
+    (loss, tokens), (dense_loss, _) = loss_of(keys, weights, corpus.val), loss_of(dense, folded, corpus.val)
     return (f'val loss {loss:.6f} over {tokens:,} tokens; dense, as exported, {dense_loss:.6f}, '
             f'{dense_loss - loss:+.6f}')
 
@@ -135,7 +133,7 @@ def hub_tokenizer(encoding):
 def write_tokenizer(meta, folder):
     """Write the tokenizer of a corpus into a folder. Returns a line about it."""
     if meta is None or meta['tokenizer'] not in VOCAB_SIZES:
-        return 'without tokenizer files, which there are not for its text'
+        return 'without tokenizer files: none exist for this tokenizer'
     try:
         tokenizer = hub_tokenizer(load_encoding(meta['tokenizer']))
     except ImportError:
@@ -159,12 +157,12 @@ def main(argv):
         keys, weights, meta = read_file(Path(args.out_dir, args.checkpoint))
         if folder.exists() and any(folder.iterdir()):
             fail(f'--to is {folder}, which must not hold anything yet')
-        reasons, folded = not_dense(gpt_config(keys)), fold(weights, keys['embed_scale'])
+        reasons, folded = differences_to_dense(keys), fold(weights, keys['embed_scale'])
         dense = keys | dict(tp_size=1, block_types=None, embed_scale=1.0)
         if reasons and args.dense != 'True':
             fail(f'{", ".join(reasons)}: that is not dense GPT-2; --dense=True exports the weights anyway')
         if reasons:
-            print(f'{", ".join(reasons)}: {loss_change(keys, weights, dense, folded)}')
+            print(f'{", ".join(reasons)}: {loss_change(keys, weights, meta, dense, folded)}')
         folder.mkdir(parents=True, exist_ok=True)
         words = write_tokenizer(meta, folder)
         with atomic_write(folder / 'model.safetensors') as file:

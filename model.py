@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# communication: the residual stream crosses ranks in f_op and g_op, hidden ones in variants.py's Flight
+# communication: f_op and g_op all-reduce the residual stream; variants.py has those that run behind compute
 
 
 class TPGroup(NamedTuple):
@@ -151,8 +151,8 @@ def enter_stream(p, tp):
     """
     Use p, a replicated parameter or a function of some, in c.
 
-    Used in c or after the last sync, p has its whole gradient on every process; used in u, as LayerNorms
-    are, a rank's part. training/optimizer.py sums both over the ranks, so the whole is divided by R here.
+    A gradient through c, or after the last sync, is whole on every process; one through u, as a LayerNorm's,
+    is a rank's part. sum_replicated_gradients() sums either over the ranks: the whole is divided by R here.
     """
     return p if p is None or tp.simulated else ScaleGrad.apply(p, tp.size)
 
@@ -167,7 +167,7 @@ def drifted(x):
 
 
 def linear(x, weight, bias=None):
-    """F.linear. Sampling's few tokens take two halves of the weight at once: on a CPU twice as fast."""
+    """F.linear. For a few tokens on a CPU, as in sampling, a batched matmul of two halves: twice as fast."""
     out, features = weight.shape
     sampling = not torch.is_grad_enabled() and x.numel() <= 4 * features
     if not sampling or x.device.type != 'cpu' or torch.is_autocast_enabled('cpu') or out % 2:
@@ -264,11 +264,11 @@ class Stream(NamedTuple):
     """
     c: torch.Tensor  # replicated (B, T, C)
     u: torch.Tensor  # replicated (B, T, C) after a sync, drifted (L, B, T, C) after an add
-    d_sum: torch.Tensor | None  # partial (B, T, C), sum_r d_r, d_r = u_r - c itself is not kept; None: d = 0
+    d_sum: torch.Tensor | None  # partial (B, T, C): sum_r d_r; None: d = 0. no d_r is kept, it is u_r - c
     tp: TPGroup
     merge: str  # how sync() scales what it sums
     left: int  # sublayers still to come
-    due: tuple = ()  # delayed syncs of variants.py; arrive() does the first once left is down to its `left`
+    due: tuple = ()  # variants.py's DelayedSyncs, in order; arrive() applies one once left is down to its own
     carry: Any = None  # whatever a block hands to a later one
     cache: Any = None  # this layer's KeyValues, for its attention; None: every token is in u
 
@@ -284,15 +284,15 @@ class Stream(NamedTuple):
         s = self.arrive(len(products))
         for product in products:
             bias, P = product.bias(), product.per_rank().to(s.c.dtype)  # P drifted
-            # u is kept, not recomputed as c + d_r by each reader: that would keep a gradient for every one
+            # u is stored: if each reader computed c + d_r, backward would hold a gradient for every reader
             s = s._replace(c=add_optional(s.c, enter_stream(bias, s.tp)), u=add_optional(s.u + P, bias),
                            d_sum=add_optional(P.sum(0), s.d_sum))
         return s
 
     def sync(self, *products, kind='blocking'):
         """
-        c <- c + sum_r (d_r + P_r), in one all-reduce, and the biases; d <- 0. Free if nothing is added.
-        merge mean and rsqrt: that sum / R, / sqrt(R); desync: sum_r (d_r / R + P_r). Biases are never scaled.
+        c <- c + sum_r (d_r + P_r) and the biases, d <- 0, in one all-reduce; none if nothing is to be summed.
+        merge scales that sum, mean by 1/R, rsqrt by 1/sqrt(R), or desync d_r by 1/R. Biases are never scaled.
         """
         addends = [product.sum_over_ranks() for product in products]  # partial (B, T, C) each
         if self.d_sum is not None:
@@ -306,7 +306,7 @@ class Stream(NamedTuple):
         for product in products:
             c = add_optional(c, enter_stream(product.bias(), self.tp))
         u = f_op(c, self.tp, kind)
-        # the delayed ones are covered: d_sum held what they would send
+        # this covers the delayed syncs too: d_sum held what they would have sent
         return self._replace(c=c, u=u, d_sum=None, left=self.left - len(products), due=())
 
 
@@ -393,8 +393,8 @@ class LayerNorm(nn.LayerNorm):
         return checkpoint(super().forward, u, use_reentrant=False)
 
 
-BLOCKS = {}  # block type -> class; each subclass of Block adds itself
-checks = []  # variants.py, if imported, adds to both: what raises ValueError if blocks do not go together
+BLOCKS = {}  # block type -> class; every subclass of Block adds itself, variants.py's when it is imported
+checks = []  # functions of a GPTConfig that raise ValueError; variants.py adds one for its blocks
 
 
 class Block(nn.Module):
@@ -502,7 +502,7 @@ def vocab_parallel_cross_entropy(x, weight, targets, tp):
 
 class GPT(nn.Module):
     def __init__(self, config, tp=None):
-        """tp: the TPGroup, if this process holds one rank: then load its slices (training/sharding.py)."""
+        """tp: the TPGroup if this process holds one rank, whose slices training/sharding.py then loads."""
         super().__init__()
         self.config = config
         self.tp = tp or TPGroup(config.tp_size)
@@ -519,8 +519,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        GPT-2's; c_proj's are smaller, for 2 n_layer of them add up in the stream. A model that simulates
-        draws the same whatever its block_types and tp_size: one seed gives every config one network.
+        GPT-2's: N(0, 0.02); c_proj N(0, 0.02 / sqrt(2 n_layer)), as 2 n_layer of them add up in the stream;
+        LayerNorms 1, biases 0. If it simulates, the same numbers whatever its block_types and tp_size.
         """
         for name, p in self.named_parameters():
             if name.endswith('bias'):

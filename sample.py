@@ -60,7 +60,7 @@ import torch.distributed as dist
 from data.corpus import load_tokenizer
 from model import GPT
 from training import pretrained
-from training.distributed import World, connect, lay_out, open_device, read_environment
+from training.distributed import World, connect, open_device, read_environment, tensor_parallel_groups
 from training.sharding import shard_model
 from variants import gpt_config
 
@@ -79,13 +79,14 @@ def load_run(args, flags):
     config.sources = {key: 'sample.py' if key in flags else args.init_from or path for key in vars(config)}
     model = GPT(gpt_config(vars(config)))
     model.load_state_dict(found.weights)
+    config.block_types = model.config.block_types  # a net of the hub names none
     return config, model.eval(), found.meta
 
 
 def join_world(config, device):
     """The World of this process, joined if there are others. Refuses processes that would do nothing."""
     process, processes = read_environment()
-    world = World(process, processes, lay_out(config, processes), device)
+    world = World(process, processes, tensor_parallel_groups(config, processes), device)
     if processes != world.tp_processes:
         config.refuse(f'{processes} processes were started, must be {world.tp_processes}: tp_size if shard '
                       'is True, else one')
@@ -117,8 +118,8 @@ def main(argv):
     except ValueError as error:
         fail(f'--{error}; try --device=cpu')
     # what the run says of training does not count here
-    flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_diagnostics=False, dtype='float32',
-                 backend=None)
+    flags = dict(shard=args.shard == 'True', tp_across_nodes=False, log_diagnostics=False, recompute_layers=0,
+                 dtype='float32', backend=None)
     if args.tp_size is not None:
         flags['tp_size'] = args.tp_size
     with one_line(ValueError, RuntimeError):

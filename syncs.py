@@ -26,6 +26,7 @@ References  Sync-Point Drop (arXiv 2502.20727): attention's syncs of a trained n
 import argparse
 import csv
 import json
+import math
 import random
 import shlex
 import sys
@@ -49,7 +50,7 @@ def parse_args(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--tokens', type=int, help='of val, from the first on; default: eval_tokens')
     parser.add_argument('--search', choices=('ranked', 'greedy'), default='ranked',
-                        help='which sync goes next: by its own loss, or the one that costs least by then')
+                        help='the next to drop: by the loss of each alone, or the cheapest by then')
     parser.add_argument('--kinds', default='attn,mlp', help='of sync points; attn alone is Sync-Point Drop')
     parser.add_argument('--margin', type=float, default=0.02, help='nats that the syncs dropped may cost')
     parser.add_argument('--random', type=int, default=0, metavar='N',
@@ -65,6 +66,8 @@ def parse_args(argv):
     args.kinds = tuple(kind for kind in KINDS if kind in kinds)
     if args.random < 0:
         fail(f'--random is {args.random}, it must be at least 0')
+    if not 0 < args.margin < math.inf:
+        fail(f'--margin is {args.margin}, it must be a number of nats above 0, such as 0.02')
     return args, flags
 
 
@@ -349,7 +352,7 @@ def can_go(measured, best, margin):
     """
     within = 0
     for types in best:
-        if sum(measured.difference(types, confidence=0.9)) >= margin:
+        if not sum(measured.difference(types, confidence=0.9)) < margin:  # nor if it is not a number
             break
         within = len(dropped_in(types))
     return within
@@ -408,6 +411,10 @@ def open_net(config):
         fail('syncs.py simulates all ranks in one process; start it without torchrun')
     with config.refusing():
         corpus = open_corpus(config.dataset)
+        needed = 2 * config.block_size + 1  # an interval over windows takes two of them
+        if len(corpus.val) < needed:
+            raise ValueError(f'dataset is {corpus.name}, whose val has {len(corpus.val)} tokens; two windows '
+                             f'of block_size {config.block_size} need {needed}')
         keys = vars(config) | dict(block_types=None, dropout=0.0)
         with torch.device('meta'):
             model = GPT(gpt_config(keys))
@@ -415,7 +422,7 @@ def open_net(config):
     return model.requires_grad_(False).to(world.device).eval(), corpus, world
 
 
-def lay_out(model, corpus, config, path):
+def permute_by_affinity(model, corpus, config, path):
     """Permute a model's heads and MLP columns over the ranks by affinity, and write it as a checkpoint."""
     T = min(config.block_size, PROBED, len(corpus.train))
     windows = min(PROBED, len(corpus.train)) // T
@@ -492,7 +499,7 @@ def main(argv):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.layout == 'affinity':
-            lay_out(model, corpus, config, args.out / 'affinity.pt')
+            permute_by_affinity(model, corpus, config, args.out / 'affinity.pt')
             flags = [flag for flag in flags if not flag.startswith('--init_from=')]
             flags.append(f'--init_from={args.out / "affinity.pt"}')
         measured = Measured(model, corpus, config, world, args.out / 'measured.jsonl')

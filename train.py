@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
-from configurator import begin_program, blocks_after, fail, load, model_vocab_size, pattern, stages
+from configurator import begin_program, blocks_after, fail, load, model_vocab_size, one_line, pattern, stages
 
 if __name__ == '__main__':
     begin_program()
@@ -71,8 +71,9 @@ def open_data(config, world):
 
 def facts(config, corpus):
     """What must be the same on every process before the first step, by name."""
-    own = {'out_dir', 'device', 'wandb_log', 'wandb_project', 'wandb_run_name'}  # rank 0's, or each one's
-    keys = {key: value for key, value in vars(config).items() if key not in own}
+    # used by rank 0 only, or chosen per process
+    may_differ = {'out_dir', 'device', 'wandb_log', 'wandb_project', 'wandb_run_name'}
+    keys = {key: value for key, value in vars(config).items() if key not in may_differ}
     files = {f'data/{corpus.name}, {split}': corpus.meta['splits'][split] for split in ('train', 'val')}
     return keys | files | dict(torch=torch.__version__, commit=git_commit())
 
@@ -90,9 +91,8 @@ def build_model(config, model_config, world, weights=None):
     if config.perturb:
         perturb_weights(whole, config.perturb, config.seed)
     later = [with_blocks(whole, block_types) for _, block_types in stages(vars(config))[1:]]
-    observed = [observe_all_reduces(model) for model in later]
-    observed = [observe_all_reduces(whole), *observed]  # run last: its gradients say what to freeze
-    freeze_untrained(whole, config.train_layers)
+    observed, used = zip(*[observe(model) for model in (whole, *later)])
+    freeze_untrained(whole, used[0], config.train_layers)
     size = dict(**counts(observed, config), parameters=whole.num_params(),
                 flops_per_token=whole.flops_per_token())
     model = whole if world.tp is None else shard_model(whole, world.tp)
@@ -115,29 +115,30 @@ def perturb_weights(model, scale, seed):
         p.mul_(1 + scale * torch.randn(p.shape, generator=own))
 
 
-def observe_all_reduces(model):
+def observe(model):
     """
-    The AllReduces of one eager pass over one token, forward and backward.
+    (the AllReduces of one eager pass over one token, forward and backward; the parameters that it uses).
 
-    It leaves its gradients, and every parameter trainable: freeze_untrained() is next.
+    It leaves every parameter trainable.
     """
     idx = torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device)
     model.requires_grad_(True).zero_grad(set_to_none=True)
     with count_all_reduces() as observed:
         model(idx, idx)[1].backward()
-    return observed
+    used = {p for p in model.parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return observed, used
 
 
-def freeze_untrained(model, train_layers=None):
+def freeze_untrained(model, used, train_layers=None):
     """
-    Freeze what is in none of train_layers, unless that is None, and what no block uses: blocks of variants.py
-    may leave a parameter out, for whose gradient DDP would wait. It has none after observe_all_reduces().
+    Freeze what is in none of train_layers, unless that is None, and what is not used, as observe() finds it:
+    a block may leave a parameter out, for whose gradient DDP would wait.
     """
     layers = [model] if train_layers is None else [model.transformer.h[i] for i in train_layers]
-    trained = {p for layer in layers for p in layer.parameters()}
+    trained = used & {p for layer in layers for p in layer.parameters()}
     for p in model.parameters():
-        p.requires_grad_(p in trained and p.grad is not None)
-    model.zero_grad(set_to_none=True)
+        p.requires_grad_(p in trained)
 
 
 class Network:
@@ -155,8 +156,7 @@ class Network:
         if block_types != self.raw_model.config.block_types:
             self.raw_model = with_blocks(self.raw_model, block_types)
             self.model = self.ddp_model = with_teacher(self.raw_model, self.teacher, config)
-            observe_all_reduces(self.raw_model)
-            freeze_untrained(self.raw_model, config.train_layers)
+            freeze_untrained(self.raw_model, observe(self.raw_model)[1], config.train_layers)
 
     def switch(self, block_types, micro_batch, config, world, say):
         """use_blocks() during training. Collective."""
@@ -201,8 +201,9 @@ def train_step(net, batches, lr, config, world, stopping=False):
     """
     loss = torch.zeros((), device=world.device)
     for i, (x, y) in enumerate(batches, 1):
-        waits = i < len(batches) and world.ddp_size > 1  # gradients are averaged after the last one only
-        with net.ddp_model.no_sync() if waits else nullcontext():
+        # DDP averages the gradients after the last micro-batch only
+        accumulating = i < len(batches) and world.ddp_size > 1
+        with net.ddp_model.no_sync() if accumulating else nullcontext():
             with autocast(config, world):
                 micro_loss = net.ddp_model(x, y)[1] / len(batches)
             net.scaler.scale(micro_loss).backward()
@@ -224,23 +225,29 @@ def train_step(net, batches, lr, config, world, stopping=False):
     return Report(found, world.processes)
 
 
+def undamaged(batches):
+    """The batches, one by one. Ends the program, in one line, if their data are damaged."""
+    with one_line(ValueError):
+        yield from batches
+
+
 @torch.no_grad()
 def evaluate(model, tokens, at_most, config, world):
     """(loss, number of tokens): the mean over the first at_most of `tokens`, each read once. Collective."""
     model.eval()
-    nats, count = [], 0
-    for x, y, n in val_batches(tokens, config.block_size, config.batch_size, at_most,
-                               world.ddp_rank, world.ddp_size, world.device):
+    nats, targets = [], 0  # of this process
+    for x, y, n in undamaged(val_batches(tokens, config.block_size, config.batch_size, at_most,
+                                         world.ddp_rank, world.ddp_size, world.device)):
         with autocast(config, world):
             nats.append(model(x, y)[1].float() * n)
-        count += n
+        targets += n
     model.train()
-    summed = math.fsum(torch.stack(nats).tolist()) if nats else 0.0
+    local = math.fsum(torch.stack(nats).tolist()) if nats else 0.0
     exact = torch.float32 if world.device.type == 'mps' else torch.float64
-    sums = all_reduce_sum(torch.tensor([summed, count], dtype=exact, device=world.device), world)
-    summed, count = sums.tolist()
+    sums = all_reduce_sum(torch.tensor([local, targets], dtype=exact, device=world.device), world)
+    total, all_targets = sums.tolist()
     # the processes of a tensor-parallel group read the same windows: in the mean that cancels
-    return summed / count, int(count) // world.tp_processes
+    return total / all_targets, int(all_targets) // world.tp_processes
 
 
 def evaluate_extras(net, corpus, config, world):
@@ -259,14 +266,6 @@ def evaluate_extras(net, corpus, config, world):
 # the run
 
 
-def read_batches(loader, step):
-    """This process's micro-batches of a step. Ends the program, in one line, if the data are damaged."""
-    try:
-        return list(loader.batches(step))
-    except ValueError as error:
-        fail(str(error))
-
-
 def seed_dropout(config, step, world):
     """Dropout's masks follow from the step, so that a resumed run draws the same."""
     if config.dropout:
@@ -279,7 +278,8 @@ class Reports:
 
     def __init__(self, state, config, log):
         self.state, self.config, self.log = state, config, log
-        self.unread, self.bad_steps = [], 0  # of the latter, how many in a row
+        self.unread = []
+        self.bad_steps = 0  # in a row, up to the last one read
         self.loss, self.norm, self.stopping = math.nan, math.nan, False
 
     def read(self, keep=0):
@@ -335,8 +335,8 @@ def log_evaluation(net, state, corpus, log, config, world):
 
 def save_is_due(state, config, evaluated=False, best=False, saved_step=None):
     """
-    At each checkpoint_interval, or without one at evaluations if always_save_checkpoint; at the best and the
-    end. Never twice at one step, unless it has been evaluated since.
+    Save every checkpoint_interval steps; if that is None, at every evaluation (always_save_checkpoint).
+    Always at the best loss and at the end. A saved step is saved again only after an evaluation.
     """
     regular = evaluated and config.always_save_checkpoint
     if config.checkpoint_interval:
@@ -381,7 +381,7 @@ def main(argv):
                 if state.iter in switches:
                     net.switch(switches[state.iter], loader.micro_batch, config, world, log.say)
                 began, lr = time.perf_counter(), learning_rate(state.iter, config)
-                batches = read_batches(loader, state.iter)
+                batches = list(undamaged(loader.batches(state.iter)))
                 seed_dropout(config, state.iter, world)
                 reports.unread.append(train_step(net, batches, lr, config, world, stopping=bool(signals)))
                 state.iter += 1

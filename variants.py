@@ -52,10 +52,10 @@ class PaLMBlock(Block, name='palm'):
 
 class FALBlock(Block, name='fal'):
     """
-    PaLM's layer, whose MLP also reads a, what the attention of the first fal layer added. 1 sync point.
+    PaLM's layer, but its MLP also reads a, the first fal layer's attention output, normalized. 1 sync point.
 
-    The first fal layer is a TPBlock and keeps a, with what was apart before it. After FAL (arXiv 2510.14614),
-    as far as the paper tells.
+    The first fal layer syncs as a TPBlock does and keeps a, which includes any drift from before it. Our
+    reading of FAL (arXiv 2510.14614), which leaves details open.
     """
 
     def forward(self, s):
@@ -63,7 +63,7 @@ class FALBlock(Block, name='fal'):
             return s.sync(self.attn(self.ln_1(s.u), s.cache), self.mlp(self.ln_2(s.u + s.carry)))
         before, s = s.c, s.sync(self.attn(self.ln_1(s.u), s.cache))
         a = F.layer_norm(s.c - before, before.shape[-1:])  # replicated (B, T, C)
-        # backward, this layer's MLP does without the all-reduce
+        # hidden: in backward this layer's MLP need not wait for it
         s = s._replace(carry=f_op(a, s.tp, kind='hidden'))
         return s.sync(self.mlp(self.ln_2(s.u)))
 
@@ -72,7 +72,8 @@ class StaleBlock(Block, name='stale'):
     """
     PaLM's layer, whose attention reads what the first of a run of stale layers has read. 1 sync point.
 
-    After modded-nanogpt's record 77. The next stale layer's attention does without the sync.
+    After modded-nanogpt's record 77. The next stale layer's attention does not read what the sync gives, so
+    the all-reduce can run behind it.
     """
 
     def forward(self, s):
@@ -211,7 +212,8 @@ class LadderBlock(Block, name='ladder'):
 
 class DTPBlock(Block, name='dtp'):
     """
-    P_r enters d_r at once, and its sum enters c, as P_r leaves d_r, dtp_delay sublayers later. 2 sync points.
+    P_r is added to d_r at once; dtp_delay sublayers later sum_r P_r is added to c, and P_r taken out of d_r.
+    2 sync points.
 
     Delayed Tensor Parallelism (Kog.ai, 2026). At delay 0 it is a TPBlock. What was apart before stays apart.
     """

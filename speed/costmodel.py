@@ -155,7 +155,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.dataloader import TrainLoader
 from model import GPT, GPTConfig, TPGroup, count_all_reduces
-from train import observe_all_reduces
+from train import observe
 from training.sharding import sharding
 from variants import gpt_config
 
@@ -322,10 +322,10 @@ def design_messages(config, ddp_size, vocab_size=VOCAB_SIZE):
     wide = 4 if config.dtype == 'float32' else 2  # bytes of the compute dtype
     with FakeTensorMode():
         dense = GPT(gpt_config(vars(config), vocab_size))
-        stream = observe_all_reduces(dense)  # in float32
+        stream, used = observe(dense)  # in float32
         mine = GPT(dense.config, TPGroup(R, rank=0))
     sizes = {name: p.numel() for name, p in mine.named_parameters()
-             if dense.get_parameter(name).grad is not None}  # a block may leave one out
+             if dense.get_parameter(name) in used}  # a block may leave one out
     behind, messages = behind_sublayer(config.n_layer, loader.micro_steps), []
     if R > 1:
         head = [Message('head', size) for size in (4 * N, 8 * N, wide * N * C)]
@@ -400,7 +400,7 @@ def foresee_text(config, cluster, args, vocab_size=VOCAB_SIZE):
     R, wide = config.tp_size, 4 if config.dtype == 'float32' else 2  # bytes of the compute dtype
     with FakeTensorMode():
         dense = GPT(gpt_config(vars(config), vocab_size))
-        stream = [found for found in observe_all_reduces(dense) if found[0] == 'forward']
+        stream = [found for found in observe(dense)[0] if found[0] == 'forward']
         mine = GPT(dense.config, TPGroup(R, rank=0) if R > 1 else None)
     head, n_layer = mine.lm_head.weight.numel(), config.n_layer
     blocks = sum(p.numel() for p in mine.transformer.h.parameters())

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map  # noqa: E402
 from configurator import COMMUNICATIONS, ROOT, RUNS, load  # noqa: E402
 from model import GPT, Block  # noqa: E402
 from speed.costmodel import by_kind, design_messages, observe_step  # noqa: E402
-from train import Network, freeze_untrained, observe_all_reduces, train_step  # noqa: E402
+from train import Network, freeze_untrained, observe, train_step  # noqa: E402
 from training.checkpoint import dense_state, load_dense_state  # noqa: E402
 from training.distill import find_teacher  # noqa: E402
 from training.distributed import World, connect, find_world  # noqa: E402
@@ -52,8 +52,7 @@ def build(config, world, dtype):
     with torch.no_grad():
         for p in dense.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    observe_all_reduces(dense)
-    freeze_untrained(dense)
+    freeze_untrained(dense, observe(dense)[1])
     others = {name: 1.5 * p for name, p in dense.state_dict().items()}
     teacher = find_teacher(config, dense.config, others, world)
     if teacher:

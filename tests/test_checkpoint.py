@@ -211,6 +211,11 @@ def test_a_resumed_run_has_its_own_weight_decay_and_says_so(finished, resume):
         'warning: weight_decay was 0.1 up to step 3, it is 0.5 from here on']
 
 
+def test_a_run_goes_on_in_float16_with_a_new_loss_scale(finished, resume):
+    net, _, messages = resume(finished, '--dtype=float16')
+    assert net.scaler.get_scale() == 2**16 and 'warning: dtype was float32 up to step 3' in ''.join(messages)
+
+
 def test_a_run_that_goes_on_on_other_data_says_so(finished, resume, tmp_path):
     saved = checkpoint.load(finished / 'ckpt.pt')
     saved['corpus']['splits']['val']['sha256'] = 'abc'

@@ -293,6 +293,10 @@ def test_differences_are_those_that_change_the_run():
     words = describe_changes(differences(theirs, ours))
     assert words == 'merge is mean there, sum here, n_embd is 64 there, 32 here'
     assert differences(ours, dict(ours, compile=True)) == {}
+    step = dict(batch_size=ours['batch_size'] * 2, gradient_accumulation_steps=3)
+    assert differences(ours, ours | step).keys() == step.keys()
+    ours['gradient_accumulation_steps'] = 6  # the same windows in other micro-batches
+    assert differences(ours, ours | step) == {}
 
 
 def test_runs_share_a_recipe_whatever_blocks_ranks_and_micro_batches_they_have():

@@ -4,12 +4,14 @@ Damaged, foreign and changed files in a run's folder.
     python -m pytest tests/test_damage.py
 """
 
+import copy
 import os
 
 import pytest
 import torch
 
-from toy_runs import DROPOUT, assert_same_run, column, info, metrics, refused, run
+import train
+from toy_runs import DROPOUT, TINY, assert_same_run, column, info, metrics, refused, run
 from training import checkpoint
 from training.rundir import LATEST
 
@@ -87,3 +89,11 @@ def test_a_run_goes_on_under_another_recipe_with_a_warning(copy_of_crashed, caps
     found = info(copy_of_crashed)
     assert found['config']['tp_size'] == 4 and found['communications'] == 8 and found['iter'] == 22
     assert metrics(copy_of_crashed)[-1]['val_loss'] < column(copy_of_crashed, 'val_loss')[0]
+
+
+@pytest.mark.parametrize('flags', [['--max_iters=1'], ['--eval_train_tokens=64']])
+def test_a_damaged_token_of_train_gets_one_line(corpus, tmp_path, monkeypatch, flags):
+    damaged = corpus._replace(train=copy.copy(corpus.train))
+    damaged.train.vocab_size = 5
+    monkeypatch.setattr(train, 'open_corpus', lambda name: damaged)
+    assert 'outside the vocabulary of 5' in refused(tmp_path, *TINY, *flags)

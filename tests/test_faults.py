@@ -60,6 +60,24 @@ def test_a_checkpoint_that_cannot_be_written_is_warned_of(undisturbed, tmp_path,
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize('room', [1000, 10**9])
+def test_a_checkpoint_that_cannot_be_made_smaller_is_warned_of(tmp_path, monkeypatch, capsys, room):
+    real = checkpoint.drop_optimizer
+
+    def drop_optimizer(out_dir, warn):
+        (tmp_path / 'ckpt-previous.pt').unlink()  # its other hard link stays whole
+        (tmp_path / 'ckpt-previous.pt').write_bytes(b'damaged')
+        with full_disk(room):
+            real(out_dir, warn)
+    monkeypatch.setattr(checkpoint, 'drop_optimizer', drop_optimizer)
+    assert run(tmp_path, *TINY, '--max_iters=3', '--eval_interval=1', '--keep_optimizer=False') == 0
+    out = capsys.readouterr().out
+    assert f'warning: {tmp_path}/ckpt-previous.pt is damaged' in out and info(tmp_path)['state'] == 'finished'
+    for name in 'ckpt.pt', 'ckpt-best.pt':
+        smaller = checkpoint.load(tmp_path / name)['optimizer']['state'] == {}
+        assert smaller == (room > 1000) == (f"{name} keeps AdamW's state: File too large" not in out)
+
+
 def test_a_run_outlives_a_disk_that_is_full_for_a_while(undisturbed, tmp_path, monkeypatch, capsys):
     disk = contextlib.ExitStack()
     stop_at(monkeypatch, 12, lambda: disk.enter_context(full_disk(100)))
@@ -116,9 +134,12 @@ def test_out_of_gpu_memory_gets_a_line_with_flags_that_keep_the_batch(
     def out_of_memory(*args):
         raise torch.OutOfMemoryError('CUDA out of memory')
     monkeypatch.setattr(train, 'evaluate', out_of_memory)
-    flags = [f'--batch_size={batch_size}', f'--gradient_accumulation_steps={steps}']
-    message = refused(tmp_path, *TINY, *flags)
+    command = [*TINY, '--max_iters=1', f'--batch_size={batch_size}', f'--gradient_accumulation_steps={steps}']
+    message = refused(tmp_path, *command)
     assert words in message and 'out of GPU memory' in message and info(tmp_path)['state'] == 'failed'
+    if batch_size > 1:  # the same command with these flags trains, in the same folder
+        monkeypatch.undo()
+        assert run(tmp_path, *command, *words.split()) == 0 and info(tmp_path)['state'] == 'finished'
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'run.json', 'lock', 'ckpt.pt'])

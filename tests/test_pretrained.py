@@ -150,12 +150,18 @@ def test_a_damaged_file_of_a_folder_gets_one_line(folders, tmp_path, name, text)
 
 
 def test_settings_of_a_net_that_its_new_run_drops_are_warned_of(undisturbed, tmp_path, capsys):
-    flags = [FLAGS[0], f'--init_from={undisturbed}/ckpt.pt', '--eval_tokens=64', '--eval_only=True']
-    theirs = 'tp, spd, parallel, spd'
-    for given, warned in ([], True), (['--block_types=spd'], False):
-        assert run(tmp_path, *flags, *given) == 0
-        line = f'was trained with {theirs}, this run has tp x 4; --block_types={theirs.replace(" ", "")}'
-        assert (line in capsys.readouterr().out) == warned
+    saved = checkpoint.load(undisturbed / 'ckpt.pt')
+    saved['config'] |= dict(block_types=['tp', 'dtp'] * 2, tp_size=4, dtp_delay=2)
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    flags = [FLAGS[0], f'--init_from={tmp_path}/ckpt.pt', '--eval_tokens=64', '--eval_only=True']
+    keep = ['--block_types=tp,dtp', '--tp_size=4', '--dtp_delay=2']
+    theirs = ['[tp, dtp] x 2, this run has tp x 4', 'tp_size 4, this run has tp_size 2',
+              'dtp_delay 2, this run has dtp_delay 1']
+    for given in 0, 1, 3:
+        assert run(tmp_path / 'out', *flags, *keep[:given]) == 0
+        warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning')]
+        assert warned == [f'warning: {tmp_path}/ckpt.pt was trained with {words}; {flag} keeps it'
+                          for words, flag in list(zip(theirs, keep))[given:]]
 
 
 def test_a_checkpoint_of_nanogpt(corpus, tmp_path, capsys):
@@ -194,9 +200,9 @@ def test_out_and_in_again_changes_no_bit(corpus, folders, tmp_path, capsys):
     sample.main([f'--init_from={tmp_path}/to', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])
 
 
-def test_a_net_that_is_not_dense_is_exported_on_request(undisturbed, tmp_path, capsys, monkeypatch):
+def test_a_net_that_is_not_dense_is_exported_on_request(corpus, undisturbed, tmp_path, capsys, monkeypatch):
     message = exported(undisturbed, tmp_path / 'to')
-    assert 'block_types is tp, spd, parallel, spd' in message and '--dense=True' in message
+    assert 'it was trained with tp, spd, parallel, spd: that is not' in message and '--dense=True' in message
     assert not (tmp_path / 'to').exists()
     assert exported(undisturbed, tmp_path / 'to', '--dense=True') is None
     words = capsys.readouterr().out.split()
@@ -205,9 +211,12 @@ def test_a_net_that_is_not_dense_is_exported_on_request(undisturbed, tmp_path, c
     flags = [*FLAGS, '--block_types=tp', '--eval_tokens=1000', '--eval_only=True']
     assert run(tmp_path / 'new', *flags, f'--init_from={tmp_path}/to') == 0
     assert f'val loss {dense:.6f}' in capsys.readouterr().out
-    monkeypatch.setattr(export, 'open_corpus', lambda name: open_corpus(name, tmp_path))  # there is none
-    assert exported(undisturbed, tmp_path / 'again', '--dense=True') is None
-    assert 'warning: the change in loss is not measured: there is no dataset' in capsys.readouterr().out
+    other = corpus._replace(meta=corpus.meta | dict(splits=dict(val=dict(sha256='abc'))))
+    for name, opened, words in (('again', lambda name: open_corpus(name, tmp_path), 'there is no dataset'),
+                                ('other', lambda name: other, 'the validation tokens of pystdlib are not')):
+        monkeypatch.setattr(export, 'open_corpus', opened)
+        assert exported(undisturbed, tmp_path / name, '--dense=True') is None
+        assert f'warning: the change in loss is not measured: {words}' in capsys.readouterr().out
     again, to = (GPT2LMHeadModel.from_pretrained(tmp_path / name).state_dict() for name in ('again', 'to'))
     torch.testing.assert_close(again, to, rtol=0, atol=0)
 
@@ -215,7 +224,7 @@ def test_a_net_that_is_not_dense_is_exported_on_request(undisturbed, tmp_path, c
 def test_a_scale_of_the_embeddings_is_folded_in():
     config = GPTConfig(block_size=8, vocab_size=29, n_layer=2, n_head=2, n_embd=8, bias=True, tp_size=1,
                        embed_scale=8.0)
-    assert export.not_dense(config) == []
+    assert export.differences_to_dense(vars(config)) == []
     model = GPT(config)
     idx, logits = torch.randint(29, (B, 8)), []
     for scale in 8.0, 1.0:

@@ -24,12 +24,12 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 import model as gpt  # noqa: E402
+import train  # noqa: E402
 from configurator import COMMUNICATIONS, ROOT, communications, load  # noqa: E402
 from model import GPT, GPTConfig, TPGroup, count_all_reduces  # noqa: E402
 from reference import reference_loss  # noqa: E402
 from reference_rivals import reference_rivals  # noqa: E402
 from speed.costmodel import Link, design_messages, predict  # noqa: E402
-from train import observe_all_reduces  # noqa: E402
 from training.logger import summary  # noqa: E402
 from training.optimizer import sum_replicated_gradients  # noqa: E402
 from training.sharding import join_shards, shard_model  # noqa: E402
@@ -331,7 +331,7 @@ def test_a_hidden_all_reduce_is_on_its_way_while_sublayers_compute(types, settin
 @pytest.mark.parametrize('dtype, width', [('float32', 4), ('bfloat16', 2), ('float16', 2)])
 def test_run_json_has_the_all_reduces_of_a_pass_and_the_bytes_of_a_token(dtype, width):
     model = build(['caat', 'ladder', 'ladder'], 2).float()
-    found = summary(observe_all_reduces(model), dtype)
+    found = summary(train.observe(model)[0], dtype)
     assert found == dict(forward=5, backward=5, blocking=3, hidden=2,
                          bytes_per_token=width * 2 * (2 * C // 2 + 3 * C))
 

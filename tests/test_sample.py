@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import sample
 from configurator import ROOT
+from training import checkpoint
 
 
 def test_a_run_writes_on_from_a_start(undisturbed, tmp_path, capsys):
@@ -48,3 +50,12 @@ def test_a_mistake_in_a_flag_of_sample_gets_one_line(undisturbed, flag, words):
         sample.main([f'--out_dir={undisturbed}', '--device=cpu', flag])
     message = stopped.value.code  # text: Python prints it on stderr and leaves with status 1
     assert message.startswith('error: ') and len(message.splitlines()) == 1 and words in message
+
+
+@pytest.mark.parametrize('keys', [dict(block_types=None), dict(block_types=['dtp'] * 4, recompute_layers=4)])
+def test_nothing_but_the_number_of_processes_keeps_a_net_from_being_sharded(undisturbed, tmp_path, keys):
+    saved = checkpoint.load(undisturbed / 'ckpt.pt')
+    saved['config'] |= keys  # None, as for a net of the hub
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    with pytest.raises(SystemExit, match='shard is True, which takes a multiple of tp_size, 2, processes'):
+        sample.main([f'--out_dir={tmp_path}', '--device=cpu', '--shard=True'])

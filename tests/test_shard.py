@@ -22,7 +22,7 @@ from configurator import ROOT, load
 from model import GPT, GPTConfig, TPGroup
 from toy_runs import ALONE
 from training.compiling import compiled
-from training.distributed import find_world, lay_out
+from training.distributed import find_world, tensor_parallel_groups
 from training.sharding import shard_model
 
 SMALL = ['config/train_gpt2_8comm.py', 'config/cpu.py', '--n_layer=4', '--max_iters=8', '--eval_interval=4',
@@ -163,10 +163,10 @@ def test_a_compiled_shard_has_the_gradients_and_all_reduces_of_the_eager_one(tmp
 def test_groups_across_nodes_take_one_process_of_each(nodes, groups, monkeypatch):
     monkeypatch.setenv('GROUP_WORLD_SIZE', nodes)
     config = load(['config/cpu.py', '--shard=True', '--tp_across_nodes=True'])
-    assert lay_out(config, 4) == groups
+    assert tensor_parallel_groups(config, 4) == groups
 
 
 def test_layers_whose_all_reduces_outlast_them_are_not_recomputed():
     flags = ['config/cpu.py', '--block_types_at=1:dtp', '--shard=True', '--recompute_layers=1']
     with pytest.raises(SystemExit, match='recompute_layers is 1, it must be 0 for sharded dtp layers'):
-        lay_out(load(flags), 2)
+        tensor_parallel_groups(load(flags), 2)

@@ -209,8 +209,7 @@ def group(tmp_path):
 
 def test_data_parallel_training_does_not_wait_for_an_unused_parameter(gptj, group):
     (net, config, world), (other, *_) = toy(['gptj', 'spd']), toy(['gptj', 'spd'])
-    train.observe_all_reduces(net.raw_model)
-    train.freeze_untrained(net.raw_model)
+    train.freeze_untrained(net.raw_model, train.observe(net.raw_model)[1])
     net.wrap(3, config, world._replace(ddp_group=group), print)
     for seed in range(3):
         results = [train.train_step(one, micro_batches(seed), 1e-3, config, world).read()

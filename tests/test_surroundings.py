@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import train
 from configurator import ROOT, load
 from toy_runs import DROPOUT, TINY, assert_same_run, column, info, metrics, refused, run, start, stop_at
 from training import checkpoint, rundir
-from training.distributed import find_world
+from training.distributed import attention_kernel, find_world
 
 pytestmark = pytest.mark.usefixtures('corpus')
 SHORT = [*TINY, '--max_iters=6', '--eval_interval=3', '--lr_decay_iters=6']
@@ -139,6 +140,10 @@ def test_a_network_that_is_not_there_is_named_with_its_setting(tmp_path, variabl
     assert all(word in line for word in words)
 
 
+def test_attention_on_a_device_without_fused_kernels_is_called_math():
+    assert attention_kernel(load(['config/cpu.py', '--device=mps']), torch.device('mps')) == 'math'
+
+
 def test_text_is_utf8_whatever_the_locale(tmp_path):
     config = tmp_path / 'accent.py'
     config.write_text("# café\nwandb_run_name = 'café'\n", encoding='utf-8')
@@ -196,6 +201,21 @@ def test_two_nodes_without_a_shared_disk_resume_from_the_firsts_checkpoint(tmp_p
     losses = column(folders[1] / 'run', 'train_loss')
     assert list(losses) == list(range(1, 13))
     assert losses == pytest.approx(column(folders[0] / 'run', 'train_loss'), rel=1e-5)
+
+
+def test_a_fine_tune_resumes_on_a_second_node_that_has_its_run_json(dense, tmp_path):
+    folders = [tmp_path / 'first', tmp_path / 'second']
+    for folder in folders:
+        (folder / 'run').mkdir(parents=True)
+    flags = [*TINY[:2], '--block_types=spd', '--batch_size=4', '--eval_tokens=64', '--lr_decay_iters=2']
+    assert run(folders[0] / 'run', *flags, f'--init_from={dense}', '--max_iters=1') == 0
+    resume = [*flags, '--init_from=resume', '--max_iters=2']
+    ended = start_nodes(folders, *resume)
+    assert [status for _, status in ended] == [1, 1] and 'each node needs its run.json' in ended[0][0][1]
+    shutil.copy(folders[0] / 'run/run.json', folders[1] / 'run')
+    ended = start_nodes(folders, *resume)
+    assert [status for _, status in ended] == [0, 0], ended
+    assert info(folders[0] / 'run')['iter'] == 2 and info(folders[0] / 'run')['config']['n_embd'] == 32
 
 
 def test_processes_that_would_train_different_runs_are_refused(tmp_path):

@@ -383,17 +383,23 @@ def test_a_sweep_of_one_step(tmp_path, monkeypatch, capsys):
 # the same runs as a Slurm array
 
 
-@pytest.mark.parametrize('script, status, requeued', [
-    ('note("finished")', 0, False),
-    ('note("resumable", iter=3, val_loss=3.0)\nsys.exit(1)', 0, True),  # 75 is 1 under torchrun
-    ('note("running", iter=3, val_loss=3.0)\nos.kill(os.getpid(), 9)', 0, True),
-    ('note("failed", iter=3, val_loss=3.0)\nsys.exit(1)', 1, False),
-    ('sys.exit(1)', 1, False),  # refused: it would be so again, though the folder's run is resumable
+PREEMPTED = 'os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)'  # as Slurm signals the script
+
+
+@pytest.mark.parametrize('before, script, status, requeued', [
+    ('resumable', 'note("finished")', 0, False),
+    ('resumable', 'note("resumable", iter=3, val_loss=3.0)\nsys.exit(1)', 0, True),  # 75 is 1 under torchrun
+    ('resumable', 'note("running", iter=3, val_loss=3.0)\nos.kill(os.getpid(), 9)', 0, True),
+    ('resumable', 'note("failed", iter=3, val_loss=3.0)\nsys.exit(1)', 1, False),
+    ('resumable', 'sys.exit(1)', 1, False),  # refused: it would be so again, though the run is resumable
+    (None, PREEMPTED, 0, True), ('failed', PREEMPTED, 0, True), ('finished', PREEMPTED, 1, False),
+    ('resumable', f'note("failed", iter=3, val_loss=3.0)\n{PREEMPTED}', 1, False),
 ])
-def test_a_slurm_task_is_requeued_if_its_run_can_go_on(tmp_path, script, status, requeued):
+def test_a_slurm_task_is_requeued_if_its_run_can_go_on(tmp_path, before, script, status, requeued):
     (tmp_path / 'config').symlink_to(sweep.ROOT / 'config')
     run = planned(tmp_path / 'out', '--seed=3,4', files=(EIGHT,), withs=())[-1]  # as the sweep names it
-    write_info(run, 'resumable', 2)
+    if before:
+        write_info(run, before, 2)
     interpreter, scontrol = tmp_path / 'interpreter', tmp_path / 'scontrol'
     interpreter.write_text(f'#!{sys.executable}\nimport os, sys\nif sys.argv[1] == "-c":\n'
                            f'    os.execv({sys.executable!r}, [sys.executable, *sys.argv[1:]])\n'

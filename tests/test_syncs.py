@@ -168,12 +168,20 @@ def test_first_order_is_the_derivative_of_the_loss(own_blocks):
     (['--init_from=scratch'], 'init_from'), (['--tp_size=1'], 'tp_size is 1'),
     (['--kinds=attn,mpl'], 'kinds is attn,mpl'), (['--block_types=spd'], 'block_types'),
     (['--tokens=40'], '40 tokens'), (['--tp_size=3'], 'tp_size'), (['--merge=mean'], 'merge is mean'),
-    (['--search=all'], 'search'), (['--layout=best'], 'layout'),
+    (['--search=all'], 'search'), (['--layout=best'], 'layout'), (['--margin=0'], 'margin is 0'),
 ])
 def test_a_mistake_gets_one_line(source, tmp_path, flags, words):
     with pytest.raises(SystemExit) as stopped:
         syncs.main([*source, *flags, f'--out={tmp_path}/out'])
     assert stopped.value.code.startswith('error: ') and words in stopped.value.code
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_split_of_one_window_has_no_interval_and_is_refused(source, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(syncs, 'open_corpus', lambda name: corpus._replace(val=range(64)))
+    with pytest.raises(SystemExit) as stopped:
+        syncs.main([*source, f'--out={tmp_path}/out'])
+    assert 'val has 64 tokens; two windows of block_size 32 need 65' in stopped.value.code
     assert not (tmp_path / 'out').exists()
 
 

@@ -36,7 +36,7 @@ class Progress:
     best_val_loss: float = math.inf
     skipped: int = 0  # updates without a finite gradient, in all
     seconds: float = 0.0  # of training, evaluations included, over all resumes
-    metrics_bytes: int = 0  # the size of metrics.jsonl, every line of which holds
+    metrics_bytes: int = 0  # length of metrics.jsonl at this checkpoint; a resumed run cuts the file to it
     wandb_id: str | None = None
 
 
@@ -86,11 +86,15 @@ def save(out_dir, state, best, keep):
             path.unlink()
 
 
-def drop_optimizer(out_dir):
-    """Take AdamW's state out of all checkpoints; a run that resumes from them starts its moments anew."""
+def drop_optimizer(out_dir, warn):
+    """
+    Take AdamW's state out of all checkpoints; a run that resumes from them starts its moments anew.
+
+    warn(line) names those that cannot be read or written, which stay as they are.
+    """
     folder, done = Path(out_dir), {}
     for path in [folder / 'ckpt.pt', folder / 'ckpt-previous.pt', folder / 'ckpt-best.pt', *kept(out_dir)]:
-        if path.exists():
+        try:
             file = path.stat().st_ino
             if file in done:  # another name of a file that has been written anew
                 link_as(done[file], path.name)
@@ -100,6 +104,19 @@ def drop_optimizer(out_dir):
             with atomic_write(path) as stripped:
                 torch.save(saved, stripped)
             done[file] = path
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            warn(f'warning: {error}')
+        except (OSError, RuntimeError) as error:
+            warn(f"warning: {path} keeps AdamW's state: {write_error(error)}")
+
+
+def write_error(error):
+    """Why a write failed, for people. torch.save hides an OSError in a RuntimeError of its own."""
+    while not isinstance(error, OSError) and error.__context__:
+        error = error.__context__
+    return getattr(error, 'strerror', None) or error
 
 
 def read(path, mmap=False):
@@ -207,12 +224,12 @@ def fresh_or_resumed(net, resuming, config, corpus, world):
         return Progress(), None, []
     messages, saved = [], None
 
-    def read():
+    def load_newest():
         nonlocal saved
         path, saved = load_latest(config.out_dir, messages.append)
         return path
 
-    path = on_rank0(read, world)
+    path = on_rank0(load_newest, world)
     saved = broadcast_state(saved, world)
     network = set(SHAPE) - {'embed_scale'}
 
@@ -237,7 +254,8 @@ def fresh_or_resumed(net, resuming, config, corpus, world):
         if state.iter > config.max_iters and not config.eval_only:
             raise ValueError(f'max_iters is {config.max_iters}, it is at step {state.iter} already')
         load_dense_state(net, saved)
-        net.scaler.load_state_dict(saved['scaler'])
+        if saved['scaler']:  # else its first steps were not in float16
+            net.scaler.load_state_dict(saved['scaler'])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f'{path} does not fit this run: {error}') from None
     messages += [f'warning: {key} was {there} up to step {state.iter}, it is {here} from here on'
@@ -298,9 +316,7 @@ class Writer:
             save(self.config.out_dir, saved, best, self.config.keep_checkpoints)
             self.saved_step = saved['iter']
         except (OSError, RuntimeError) as error:
-            while not isinstance(error, OSError) and error.__context__:
-                error = error.__context__  # torch.save hides an OSError in a RuntimeError of its own
-            why = getattr(error, 'strerror', None) or error
+            why = write_error(error)
             self.log.say(f'warning: no checkpoint at step {saved["iter"]}: {why}; the last one is intact')
 
     def wait(self):
@@ -315,7 +331,7 @@ class Writer:
         # all leave together: torchrun terminates the others once one has left
         finished = broadcast(done, self.world)
         if finished and self.world.rank0 and not self.config.keep_optimizer:
-            drop_optimizer(self.config.out_dir)
+            drop_optimizer(self.config.out_dir, self.log.say)
         self.note('finished' if finished else 'resumable')
         return finished
 

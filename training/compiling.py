@@ -13,7 +13,7 @@ from training.optimizer import gradient_norm
 
 def recompute(model, layers):
     """
-    Activation checkpointing: keep of the first layers only what they read; backward computes the rest again.
+    Activation checkpointing: of the first `layers` layers keep only the inputs; backward recomputes the rest.
 
     Sharded, that repeats all-reduces, one of a tp layer's two and none of an spd layer's, unless a bias has
     dropout. A run's counts leave them out.

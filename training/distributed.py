@@ -26,8 +26,6 @@ PEAK_FLOPS = {
     'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'RTX 4090': 165e12,
     'RTX 3090': 71e12,
 }
-ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-             SDPBackend.MATH)
 
 
 def peak_flops(device, dtype):
@@ -79,7 +77,7 @@ def find_world(config):
     device = find_device(config)
     if processes > 1 and config.backend == 'nccl' and device.type != 'cuda':
         config.refuse(f'backend is nccl, which needs GPUs, and device is {device}; leave backend out')
-    return World(process, processes, lay_out(config, processes), device)
+    return World(process, processes, tensor_parallel_groups(config, processes), device)
 
 
 def read_environment():
@@ -100,6 +98,11 @@ def read_environment():
     return int(given['RANK']), int(given['WORLD_SIZE'])
 
 
+# from Hopper on, cuDNN's attention first
+ATTENTION_PRIORITY = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                      SDPBackend.MATH)
+
+
 def find_device(config):
     """The torch.device of this process, set up for the run. Ends the program if it is missing."""
     try:
@@ -108,8 +111,8 @@ def find_device(config):
         config.refuse(f'{error}; try config/cpu.py, or --device=cpu --dtype=float32 --compile=False')
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')
-        if torch.cuda.get_device_capability(device) >= (9, 0):  # from Hopper on, cuDNN's attention first
-            torch._C._set_sdp_priority_order([int(kernel) for kernel in ATTENTION])
+        if torch.cuda.get_device_capability(device) >= (9, 0):  # Hopper
+            torch._C._set_sdp_priority_order([int(kernel) for kernel in ATTENTION_PRIORITY])
         if config.dtype == 'bfloat16' and not torch.cuda.is_bf16_supported(including_emulation=False):
             config.refuse('dtype is bfloat16, which this GPU does not compute; try --dtype=float16')
     elif device.type == 'cpu':
@@ -135,6 +138,8 @@ def attention_kernel(config, device):
     """The kernel that torch chooses for attention in training: cudnn, flash, efficient or math."""
     if config.dropout:
         return 'eager'  # its masks are drawn by model.py
+    if device.type not in ('cpu', 'cuda'):
+        return 'math'  # torch has no choice there, as on mps
     shape = 1, config.n_head, config.block_size, config.n_embd // config.n_head
     q = torch.empty(shape, dtype=getattr(torch, config.dtype), device=device, requires_grad=True)
     chosen = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True))
@@ -153,7 +158,7 @@ def keep_freed_memory(keep=True):
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
 
 
-def lay_out(config, processes):
+def tensor_parallel_groups(config, processes):
     """The processes of each tensor-parallel group: one if simulated, else neighbours or one per node."""
     if not config.shard:
         if config.tp_across_nodes:
@@ -318,8 +323,9 @@ def require_agreement(facts, world):
     for process, theirs in enumerate(everywhere):
         for key, value in everywhere[0].items():
             if theirs[key] != value:
+                hint = '; to resume a fine-tune, each node needs its run.json' * (key == 'init_from')
                 raise ValueError(f'{key} is {value!r:.80} for process 0, but {theirs[key]!r:.80} for process '
-                                 f'{process}; all processes must train the same run')
+                                 f'{process}; all processes must train the same run{hint}')
 
 
 def all_reduce_sum(values, world):

@@ -69,7 +69,7 @@ def affinity(model, idx):
     The order of each sublayer's units, by name, that puts those with much affinity on one rank of tp_size.
 
     idx (B, T): tokens to weigh the writers by. One sublayer after the other is assigned, from layer 0 on: by
-    what writes to it, then once more by what reads it as well. 4C columns take 4 s at 4C = 3,072, twice.
+    what writes to it, then once more by what reads it as well. Assigning 3,072 columns takes 4 s.
     """
     R, between = model.tp.size, affinities(model, idx)
     names, units = zip(*((name, units) for name, *_, units in sublayers(model)))

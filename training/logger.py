@@ -21,7 +21,7 @@ from configurator import communications, fail, mean_over_steps, read_defaults, s
 from training.distributed import attention_kernel, peak_flops
 from training.rundir import git_commit, read_plan
 
-# of run.json, beside the config: what dashboards filter and plot by
+# keys of run.json that W&B gets beside the config, to filter and plot by
 TRACKED = {'communications', 'parameters', 'tokens_per_step', 'processes', 'device', 'git_commit', 'corpus'}
 CHARTS = {'train_loss': 'train/loss', 'val_loss': 'val/loss'}  # W&B's names, if they are not ours
 
@@ -155,8 +155,8 @@ class Log:
 
     def __init__(self, config, world, info, state):
         """
-        info: run.json's contents. state: the run's Progress; its metrics_bytes are how much of metrics.jsonl
-        holds, the rest will be written again. Ends the program if the file cannot be written.
+        info: run.json's contents. state: the run's Progress; metrics.jsonl is cut to its metrics_bytes, and
+        later lines are written again. Ends the program if the file cannot be written.
         """
         self.world, self.info, self.config, self.wandb = world, info, config, None
         self.timed = []  # seconds of each step since the last line

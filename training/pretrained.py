@@ -60,15 +60,16 @@ def not_dense(keys):
 
 def lost_settings(config, keys):
     """Warnings: what a net was trained with that its new run, which does not choose it, has otherwise."""
-    def written(key, value):
-        return pattern(value) if key == 'block_types' else f'merge {value}'
-
-    for key in 'block_types', 'merge':
+    if not_dense(keys) is None:
+        return
+    for key in 'block_types', 'merge', 'tp_size', 'dtp_delay', 'caat_share':
         theirs, ours = keys.get(key), getattr(config, key)
         if theirs not in (None, ours) and config.sources[key] == 'config/defaults.py':
+            here, there = (pattern(value) if key == 'block_types' else f'{key} {value}'
+                           for value in (ours, theirs))
             flag = ','.join(theirs[:period(theirs)]) if key == 'block_types' else theirs
-            yield (f'warning: {config.init_from} was trained with {written(key, theirs)}, this run has '
-                   f'{written(key, ours)}; --{key}={flag} keeps it')
+            yield (f'warning: {config.init_from} was trained with {there}, this run has {here}; '
+                   f'--{key}={flag} keeps it')
 
 
 def initial_weights(config, corpus, resuming=False, dense=False, say=print):
