@@ -125,7 +125,7 @@ from analysis.plan import plan_of
 from analysis.plots import draw_all
 from analysis.report import Report, log_to_wandb, markdown, page, screen, write_csv, write_json
 from analysis.runs import group, last_common_step, mixed_recipes, read_run, read_wandb, up_to
-from analysis.tuning import Tuned, check_tuned
+from analysis.tuning import Tuned, check_tuned, fixed_min_lr
 from analysis.unanswered import open_questions, pairing
 from analysis.verdicts import MARGIN
 
@@ -136,7 +136,12 @@ def missing_notes(rows, unfinished, finished=()):
     for row in rows:
         if row.dense:
             continue
-        alone = [str(seed) for seed in row.runs if row.control is None or seed not in row.control.runs]
+        lost = row.control.diverged if row.control else []
+        alone = [str(seed) for seed in row.runs
+                 if row.control is None or seed not in [*row.control.runs, *lost]]
+        if set(lost) & row.runs.keys():
+            notes.append(f'{row.title}: dense diverged on seed {", ".join(map(str, lost))}, which is not in '
+                         'its difference')
         if row.control is None:
             notes.append(f'{row.title}: no dense control among these runs, so its difference is blank; this '
                          f'trains it: {pairing(row, alone)}')
@@ -211,7 +216,7 @@ def read_at(runs, at):
     return [up_to(run, step) for run in runs]
 
 
-def find_tuned(args, plan):
+def find_tuned(args, plan, runs):
     """The Tuned that the flags ask for, or else the plan; None for none. Ends the program if it cannot be."""
     if args.tuned is None and args.tuning_seeds and (plan is None or plan.tuned is None):
         fail('--tuning_seeds needs --tuned: the key whose best value they choose')
@@ -220,7 +225,7 @@ def find_tuned(args, plan):
         return None
     seeds = args.tuning_seeds or (plan.tuning_seeds if plan else ())
     check_tuned(key, seeds)
-    return Tuned(key, seeds, plan.answer_seeds if plan else ())
+    return Tuned(key, seeds, plan.answer_seeds if plan else (), fixed_min_lr(run.config for run in runs))
 
 
 def departures(args, plan, rows):
@@ -260,16 +265,17 @@ def main(argv):
     runs, empty = read_runs(args)
     if args.at is not None:
         runs = read_at(runs, args.at)
-    plan, notes = plan_of([run for run in runs if run.info])
-    tuned = find_tuned(args, plan)
-    notes += mixed_recipes([run for run in runs if run.info], tuned)
+    begun = [run for run in runs if run.info]
+    plan, notes = plan_of(begun)
+    tuned = find_tuned(args, plan, begun)
+    notes += mixed_recipes(begun, tuned)
     finished, unfinished = ([run for run in runs if bool(run.trouble) is bad] for bad in (False, True))
     predict, reasons, link = step_predictor(finished, args.link) if args.link else (None, {}, None)
     diverged = [run for run in unfinished if run.trouble.startswith('diverged')]
     rows = group(finished, args.level, predict, tuned, diverged)
     notes += missing_notes(rows, unfinished, finished)
-    notes += [f'{path}: ' + ('no run in it' if os.access(path, os.X_OK) else 'it cannot be read')
-              for path in empty if path != args.out]
+    notes += [f'{path}: ' + ('it cannot be read' if path.is_dir() and not os.access(path, os.X_OK) else
+                             'no run in it') for path in empty if path != args.out]
     if not rows:
         hint = '; --at=last compares runs as they are' * (args.at is None and any(
             run.evals.keys() - {0} for run in unfinished))

@@ -29,6 +29,8 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent
 DEFAULTS = ROOT / 'config' / 'defaults.py'
 RUNS = [f'config/train_gpt2_{n}comm.py' for n in (24, 18, 16, 12, 8, 6, 2)]  # beside the dense control
+GUIDE_UNITS = [['tp'], ['tp', 'spd'], ['tp', 'spd', 'spd'], ['spd'], ['spd', 'parallel'],
+               ['spd', 'parallel', 'parallel'], ['parallel']]  # the guide's blocks of these, repeated
 
 # the communications of one layer of each block type, by the guide's rule. model.py and variants.py define the
 # blocks; this table is what can be known of them without loading torch

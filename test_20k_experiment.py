@@ -15,8 +15,8 @@ from functools import cache
 
 import torch
 
-from analysis.families import GUIDE_UNITS
 from configurator import (
+    GUIDE_UNITS,
     ROOT,
     RUNS,
     begin_program,

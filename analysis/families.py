@@ -27,10 +27,8 @@ from analysis.verdicts import (
     judge_family,
     seeds_to_show,
 )
-from configurator import fail
+from configurator import GUIDE_UNITS, fail
 
-GUIDE_UNITS = [['tp'], ['tp', 'spd'], ['tp', 'spd', 'spd'], ['spd'], ['spd', 'parallel'],
-               ['spd', 'parallel', 'parallel'], ['parallel']]
 USUAL_SD = 0.016  # nats: of a single paired difference, as seen at widths 64 to 256 on bytes
 POWER = 0.9
 
@@ -45,16 +43,20 @@ def judge_rows(rows, margin, plan=None):
     """
     for own in by_note(rows).values():
         control = own[0] if own[0].dense else None
+        for row in own:
+            row.planned = plan is not None and plan.names(row)
         spread = control and spread_of(own, control, margin)
         for row in own:
             row.margin, row.spread = margin, spread
-            row.planned = plan is not None and plan.names(row)
         if control:
+            control.lost = [run for run in control.lost if plan is None or plan.names_run(run)]
             for family in families(own):
                 losses = {row: row.losses for row in (control, *family)}
                 identical = identical_rows(family, margin)
                 for row, verdict in judge_family(losses, control, spread, margin, identical).items():
-                    unsure = row.diverged and verdict.word in PASSES
+                    # the identity check diverges where dense does
+                    alone = set(row.diverged) - set(control.diverged if verdict.word == 'identical' else ())
+                    unsure = alone and verdict.word in PASSES
                     row.verdict = replace(verdict, word='undecided') if unsure else verdict
 
 
@@ -70,15 +72,23 @@ def identical_rows(rows, margin):
 
 def spread_of(rows, control, margin):
     """
-    The Spread of a recipe's rows. It rests on those seeds of the control, and the configs that have them all,
-    that give the most degrees of freedom: a config that is a seed ahead of the others is too few for it.
+    The Spread of a recipe's rows: of all that have certain seeds of the control, those that give the main
+    family the most degrees of freedom. So neither one config that is a seed ahead chooses them, nor many
+    exploratory ones that have fewer.
     """
-    losses = {row: row.losses for row in rows}
+    sizes = {row.tp_size for row in rows if not row.dense}
+    main = [control, *(row for tp_size in sizes for row in main_family(rows, tp_size))]
+    main = main if len(main) > 1 else rows
     identical = identical_rows(rows, margin)
-    shared = {tuple(seed for seed in control.losses if seed in row.losses) for row in rows}
-    parts = [family_spread(losses | {control: {seed: control.losses[seed] for seed in seeds}}, control,
-                           identical) for seeds in sorted(shared, key=lambda seeds: (-len(seeds), seeds))]
-    return max(filter(None, parts), key=lambda part: part.df, default=None)
+
+    def spread(own, seeds):
+        losses = {row: row.losses for row in own} | {control: {seed: control.losses[seed] for seed in seeds}}
+        return family_spread(losses, control, identical)
+
+    shared = {tuple(seed for seed in control.losses if seed in row.losses) for row in main}
+    most = max(sorted(shared, key=lambda seeds: (-len(seeds), seeds)),
+               key=lambda seeds: part.df if (part := spread(main, seeds)) else 0)
+    return spread(rows, most)
 
 
 def families(rows):
@@ -89,12 +99,17 @@ def families(rows):
     found = {}
     sizes = {row.tp_size for row in rows if not row.dense}
     for tp_size in sorted(sizes):
-        main = candidates(rows, tp_size)
+        main = main_family(rows, tp_size)
         for row in rows:
             if row.tp_size == tp_size and not row.dense:
-                in_main = row.planned if has_plan(rows) else row in main
-                found.setdefault((tp_size, in_main), []).append(row)
+                found.setdefault((tp_size, row in main), []).append(row)
     return list(found.values())
+
+
+def main_family(rows, tp_size):
+    if has_plan(rows):
+        return [row for row in rows if row.planned and row.tp_size == tp_size and not row.dense]
+    return candidates(rows, tp_size)
 
 
 def has_plan(rows):
@@ -171,7 +186,9 @@ def find_answers(rows):
             continue
         for tp_size in sorted({row.tp_size for row in own if row.tp_size > 1}):
             tested = candidates(own, tp_size)
-            lost = max((run for run in own[0].lost if is_plain(run) and run.config['tp_size'] == tp_size),
+            counts = {row.all_reduces['forward'] for row in tested}
+            lost = max((run for run in own[0].lost if is_plain(run) and run.config['tp_size'] == tp_size
+                        and run.info['all_reduces']['forward'] not in counts),
                        key=lambda run: run.info['all_reduces']['forward'], default=None)
             rows_of_size = [row for row in own if row.tp_size == tp_size]
             answer = Answer(tp_size, note, tested, None, seeds_for(tested), is_tuned(own[:1] + tested),

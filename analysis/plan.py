@@ -7,17 +7,18 @@ The plan of an experiment: a TOML file, committed before the first run, that eve
     tuning_seeds = [1, 2]               # chosen on these seeds
     answer_seeds = [3, 4, 5]            # and judged on these
     configs = ['config/train_gpt2.py']  # what is judged against dense
+    tp_size = 4                         # of these, if not their own
     comparisons = [['spd x 12', 'palm x 12']]  # pairs besides, first minus second, as the tables call them
 
 All keys are optional; those of TEXT are for people. What a plan does not name is exploratory.
 """
 
 import difflib
-import re
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 
+from analysis.runs import variation
 from configurator import ROOT, fail, load, stages
 
 # key -> (whether a value is right, what it must be)
@@ -28,6 +29,7 @@ KEYS = dict(
     tuning_seeds=(lambda value: is_list(value, int), 'a list of seeds'),
     answer_seeds=(lambda value: is_list(value, int), 'a list of seeds'),
     configs=(lambda value: is_list(value, str), 'a list of config files'),
+    tp_size=(lambda value: type(value) is int and value > 1, 'a number of ranks, at least 2'),
     comparisons=(lambda value: is_list(value, list) and all(is_list(pair, str) and len(pair) == 2
                                                             for pair in value),
                  "a list of pairs of patterns, as in [['spd x 12', 'palm x 12']]"),
@@ -55,29 +57,36 @@ class Plan:
     answer_seeds: tuple = ()
     configs: tuple = ()
     comparisons: tuple = ()
-    recipe: str = ''
+    tp_size: int | None = None
 
     @cached_property
     def kinds(self):
         """(tp_size, blocks, merge) of each config that it names."""
-        size = re.findall(r'--tp_size=\S+', self.recipe)
-        return [kind(vars(load([str(ROOT / file), *size]))) for file in self.configs]
+        configs = [vars(load([str(ROOT / file)])) for file in self.configs]
+        return [kind(config | (dict(tp_size=self.tp_size) if self.tp_size and config['tp_size'] > 1 else {}))
+                for config in configs]
+
+    def covers(self, row):
+        """
+        Whether a row's runs carry this plan, are at a best value if it tunes, and have its number of ranks.
+        """
+        sizes = {tp_size for tp_size, *_ in self.kinds}
+        return (all((run.info.get('plan') or {}).get('sha256') == self.sha256 for run in row.runs.values())
+                and (self.tuned is None or row.tuning.compared)
+                and (row.dense or not sizes or row.tp_size in sizes))
+
+    def names_run(self, run):
+        """Whether a run is of one of its configs."""
+        return kind(run.config) in self.kinds and variation(run).keys() <= {'merge', 'block_types_at'}
 
     def names(self, row):
-        """
-        Whether a row is one of its configs, or the dense control of any: at a best value, if the plan tunes,
-        and of runs that all carry this plan.
-        """
-        if any((run.info.get('plan') or {}).get('sha256') != self.sha256 for run in row.runs.values()):
-            return False
-        if self.tuned and not row.tuning.compared:
-            return False
-        return row.dense or (kind(row.first.config) in self.kinds
-                             and row.variation.keys() <= {'merge', 'block_types_at'})
+        """Whether a row is one of its configs, or the dense control of any, as the plan would have them."""
+        return self.covers(row) and (row.dense or self.names_run(row.first))
 
     def names_pair(self, first, second):
-        """Whether it names the comparison of two rows, first minus second."""
-        return [first.blocks, second.blocks] in map(list, self.comparisons)
+        """Whether it names the comparison of two rows, first minus second, as the plan would have them."""
+        return ([first.blocks, second.blocks] in map(list, self.comparisons)
+                and self.covers(first) and self.covers(second))
 
 
 def kind(config):
@@ -104,7 +113,7 @@ def parse_plan(file, sha256, text):
         if not (ROOT / config).is_file():
             fail(f'{file}: configs has {config}, which is not a file in {ROOT}')
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()
-           if key in KEYS or key == 'recipe'}
+           if key in KEYS}
     return Plan(file, sha256, **own)
 
 

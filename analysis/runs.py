@@ -218,8 +218,10 @@ def up_to(run, step):
         return run
     loss = run.evals.get(step, {}).get('val_loss')
     trouble = ''
-    if step not in run.evals:
-        seen = max([0, *run.evals, *run.logs])
+    seen = max([0, *run.evals, *run.logs])
+    if run.info['state'] == 'diverged' and seen < step:
+        trouble = f'diverged at step {seen}, before step {step}'
+    elif step not in run.evals:
         trouble = f'no evaluation at step {step}; {run.info["state"]}, last seen at step {seen}'
     elif loss is None or not math.isfinite(loss):
         trouble = f'diverged: its validation loss is {loss} at step {step}'
@@ -524,6 +526,7 @@ def make_rows(kinds, grids, lost, level, predict, note, names):
     have a name; one that is not unique gets the note.
     """
     chosen, preliminary = choose_runs(kinds, grids)
+    lost = [run for run in lost if kind_of(run) not in grids or grids[kind_of(run)].judges(run)]
     if level is None:
         level = max((run.loss for seeds in chosen.values() for run in seeds.values()), default=None)
     predict = predict or (lambda run: None)
@@ -539,8 +542,7 @@ def make_rows(kinds, grids, lost, level, predict, note, names):
             settings=settings(first, grid and grid.tuned), note=note,
             control=rows[0] if rows and 'dense' in chosen else None,
             seconds=predict(first), tp_seconds=tp_seconds[tp_size], tuning=grid, preliminary=preliminary,
-            diverged=[run.config['seed'] for run in lost if kind_of(run) == kind and (grid is None or (
-                run.config[grid.tuned.key] == grid.best and grid.tuned.is_answer(run.config['seed'])))]))
+            diverged=[run.config['seed'] for run in lost if kind_of(run) == kind]))
     if rows and rows[0].dense:
         rows[0].lost = [run for run in lost if kind_of(run) not in chosen]
     return rows

@@ -33,7 +33,8 @@ def steps_to_level(row):
 def record(row, found):
     """A row's numbers under flat names, unrounded; losses in nats per token, None if there is none."""
     difference, corpus, verdict, spread = to_dense(row), row.first.info['corpus'], row.verdict, row.spread
-    gap, steps, (common, _) = gap_to_dense(row), step_ratio(row), at_common(row)
+    gap, steps = gap_to_dense(row), step_ratio(row)
+    common = next(filter(None, at_common(row)), None)
     return dict(
         run=row.name, state=state_of(row), communications=row.communications,
         all_reduces_forward=row.all_reduces['forward'], all_reduces_backward=row.all_reduces['backward'],
@@ -95,7 +96,8 @@ def common_cell(answer, chose):
 
 def columns(found):
     """{header: what its cell shows of a row and of its record()} of the first table; only what is known."""
-    noted, planned = any(row.note for row in found.rows), has_plan(found.rows)
+    noted = any(row.note for row in found.rows)
+    unplanned = [row for row in found.rows if has_plan(found.rows) and not row.planned and not row.dense]
     table = {
         'blocks': lambda row, own: row.blocks + row.note * noted,
         'comm': lambda row, own: str(row.communications) if row.whole else '',
@@ -104,7 +106,7 @@ def columns(found):
         'val loss': lambda row, own: f'{row.loss:.4f}',
         'minus dense, 95% interval': lambda row, own: str(to_dense(row) or ''),
         'upper bound': lambda row, own: number(own['upper'], '+.4f'),
-        'verdict': lambda row, own: verdict(row) + ' (not planned)' * (planned and not row.planned)}
+        'verdict': lambda row, own: verdict(row) + ' (not planned)' * (row in unplanned)}
     if not all(row.whole for row in found.rows):
         table['MB a step'] = lambda row, own: number(row.step_bytes, '.4g', 1e-6)
     if found.tuned:

@@ -21,6 +21,7 @@ class Tuned(NamedTuple):
     key: str
     tuning_seeds: tuple
     answer_seeds: tuple = ()  # none named: all that are not for tuning
+    fixed: frozenset = frozenset()  # values of min_lr that stay while learning_rate varies
 
     def is_answer(self, seed):
         return seed not in self.tuning_seeds and (not self.answer_seeds or seed in self.answer_seeds)
@@ -38,6 +39,14 @@ def check_tuned(key, tuning_seeds):
         fail(f'--tuned={key} needs --tuning_seeds: those that choose the best value, and are in no answer')
 
 
+def fixed_min_lr(configs):
+    """The values of min_lr that configs, as dicts, have at several learning rates: no tenth of each."""
+    rates = {}
+    for config in configs:
+        rates.setdefault(config['min_lr'], set()).add(config['learning_rate'])
+    return frozenset(lowest for lowest, own in rates.items() if len(own) > 1)
+
+
 def without_tuned(recipe, tuned):
     """
     A recipe, as a dict, without what --tuned varies. min_lr, unset, is a tenth of learning_rate, and varies
@@ -49,7 +58,8 @@ def without_tuned(recipe, tuned):
     if tuned.key in ('batch_size', 'gradient_accumulation_steps'):
         free.add('windows per step')
     fixed = {key: value for key, value in recipe.items() if key not in free}
-    if tuned.key == 'learning_rate' and fixed['min_lr'] == float(f'{recipe["learning_rate"] / 10:.12g}'):
+    tenth = float(f'{recipe["learning_rate"] / 10:.12g}')
+    if tuned.key == 'learning_rate' and fixed['min_lr'] == tenth and tenth not in tuned.fixed:
         fixed['min_lr'] = 'a tenth of the rate'
     return fixed
 
@@ -87,6 +97,10 @@ class Tuning:
         """{seed: Run} at the best value, of the seeds for the answer or of those for tuning."""
         return {seed: run for seed, run in self.runs.get(self.best, {}).items()
                 if (self.tuned.is_answer(seed) if for_answer else seed in self.tuned.tuning_seeds)}
+
+    def judges(self, run):
+        """Whether a run is at the best value, and of a seed for the answer."""
+        return run.config[self.tuned.key] == self.best and self.tuned.is_answer(run.config['seed'])
 
     @property
     def missing(self):

@@ -21,11 +21,13 @@ class Open(NamedTuple):
     command: str
 
 
-def sweep(row, configs='', out=None, **grid):
-    """
-    The sweep.py command that trains runs of a row's recipe, under its plan. grid: {key: values as text}. out:
-    a folder; None: that of the row's runs, beside which they belong
-    """
+def folder_of(row):
+    """The folder of a row's runs, beside which more of them belong."""
+    return row.first.folder.parent if (row.first.folder / 'run.json').exists() else Path('out')
+
+
+def sweep(row, configs='', **grid):
+    """The sweep.py command that trains runs of a row's recipe, under its plan. grid: {key: values as text}"""
     argv = row.first.info.get('argv') or []
     files = [arg for arg in argv if arg.endswith('.py') and not arg.startswith('-')]
     flags = dict(flag.removeprefix('--').split('=', 1) for flag in argv if flag.startswith('--'))
@@ -33,8 +35,8 @@ def sweep(row, configs='', out=None, **grid):
     # a sweep itself says --init_from=auto
     flags = {key: value for key, value in flags.items() if key in recipe and value not in RESUMING} | grid
     withs = [f'--with {shlex.quote(file)}' for file in files[1:]]
-    folder = row.first.folder.parent if (row.first.folder / 'run.json').exists() else Path('out')
-    flags |= dict(out=out or shlex.quote(str(folder))) if str(out or folder) != 'out' else {}
+    if folder_of(row) != Path('out'):
+        flags['out'] = shlex.quote(str(folder_of(row)))
     return ' '.join(['python sweep.py', *filter(None, [configs or ' '.join(files[:1])]), *withs,
                      *(f'--{key}={value}' for key, value in flags.items())])
 
@@ -82,7 +84,8 @@ def open_questions(found, command):
         listed.append(Open(
             'each config at its own best learning rate',
             sweep(dense, ALL, seed='1,2', learning_rate=grid)
-            + f' && {command} --tuned=learning_rate --tuning_seeds=1,2'))
+            + f' && python compare.py {shlex.quote(str(folder_of(dense)))} --tuned=learning_rate '
+            '--tuning_seeds=1,2'))
     for row in rows:
         if row.tuning and row.tuning.missing:
             seeds = ','.join(map(str, found.tuned.tuning_seeds))

@@ -48,4 +48,4 @@ measure 124M-decode --decode --textbook "${size[@]}"
 [ -n "${SPEED:-}" ] && exit
 
 "$python" sweep.py config/train_gpt2_{24,12,6,2}comm.py "${runs[@]}" --tp_size=4 --out="$out/runs"
-"$python" compare.py "$out/runs" --mix --out="$out/compare"
+"$python" compare.py "$out/runs" --out="$out/compare"

@@ -74,6 +74,24 @@ def test_a_net_that_diverged_in_every_run_ends_the_order(tmp_path):
     assert found.answers[0].row.communications == 18
     assert answers.headlines(found)[0].endswith(
         '; spd x 12 diverged in every run; beyond it, exploratory: 6 (as good)')
+    wild = next(run for run in read_all(tmp_path) if run.trouble)
+    assert runs.up_to(wild, 30).trouble == 'diverged at step 20, before step 30'  # --at=30
+    # one of another net with as many all-reduces says nothing of the guide's
+    write_run(tmp_path, 'clustered', {1: 9.0}, ['spd'] * 3 + ['tp'] * 3 + ['spd', 'tp'] * 3, 2,
+              state='diverged')
+    assert found_under(tmp_path).answers[0].row.communications == 18
+
+
+def test_a_value_of_the_grid_that_diverged_is_no_loss_of_the_config(tmp_path):
+    write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
+    write_grid(tmp_path, '12comm', 2e-3, 1.95, NETS[12], 2)
+    losses = {1: 2.0, 2: 2.1}
+    # 18 has no other seed yet
+    for rate, state in ((1e-3, 'finished'), (2e-3, 'finished'), (4e-3, 'diverged')):
+        write_run(tmp_path, f'18comm-{rate}', losses, NETS[18], 2, learning_rate=rate, min_lr=rate / 10,
+                  state=state)
+    found = tuned_under(tmp_path)
+    assert found.answers[0].row.communications == 12 and found.answers[0].lost is None
 
 
 def test_all_layers_tp_is_identical_only_where_it_ends_near_dense(tmp_path):
@@ -143,6 +161,9 @@ def test_in_the_middle_of_a_sweep_the_seeds_that_all_have_give_the_spread(tmp_pa
     rows = found_under(tmp_path).rows
     assert rows[0].spread.s == pytest.approx(whole.s) and rows[1].word == 'as good'
     write_run(tmp_path, '18comm-late', {7: 2.7}, NETS[18], 2)  # and so is one config, of 6 df to 10
+    assert found_under(tmp_path).rows[0].spread == rows[0].spread
+    for rival in ('palm', 'fal', 'stale'):  # or three rivals, wide apart, that have three seeds: 10 df too
+        write_run(tmp_path, rival, {1: 2.5, 2: 2.1, 3: 2.9}, [rival] * 12, 2)
     assert found_under(tmp_path).rows[0].spread == rows[0].spread
 
 
@@ -306,6 +327,15 @@ def test_a_lowest_rate_of_its_own_is_part_of_the_recipe(tmp_path, no_plots, caps
     assert [row.tuning.means.keys() for row in rows if row.dense] == [{1e-3, 2e-3, 4e-3}]
 
 
+def test_a_lowest_rate_that_stays_is_no_tenth_of_any(tmp_path, no_plots, capsys):
+    for name, types, tp_size in (('dense', NETS[24], 1), ('12comm', NETS[12], 2)):
+        for rate in (1e-3, 2e-3):
+            write_run(tmp_path, f'{name}-{rate}', {1: 2 + rate, 2: 2.1 + rate}, types, tp_size,
+                      learning_rate=rate, min_lr=2e-4)
+    compare_all(tmp_path, '--tuned=learning_rate', '--tuning_seeds=1,2')
+    assert 'several recipes' not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--tuned=learning_rate'], 'needs --tuning_seeds'),
     (['--tuned=merge', '--tuning_seeds=1'], 'must be a key of the recipe that is a number'),
@@ -390,8 +420,11 @@ def test_what_is_not_as_the_plan_says_is_not_planned(tmp_path, no_plots):
     write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1, **carried(text))
     write_grid(tmp_path, '12comm', 2e-3, 1.95, NETS[12], 2, **carried(text))
     write_grid(tmp_path, '12comm-tp4', 2e-3, 1.95, NETS[12], 4, **carried(text))
+    for ranks in (2, 4):
+        write_grid(tmp_path, f'palm-tp{ranks}', 2e-3, 1.98, ['palm'] * 12, ranks, **carried(text))
     found = json.loads((compare_all(tmp_path) / 'table.json').read_text())
     assert [row['tp_size'] for row in found['rows'] if row['planned']] == [1, 2]
+    assert [one['planned'] for one in found['comparisons']].count(True) == 1  # palm minus spd, of two ranks
     assert found['planned'][1] == ("of the plan's seeds still to run: dense control, seed 6; "
                                    'spd x 12 (tp_size 2), seed 6')
     # at one rate, or in runs without the plan, nothing was
@@ -451,7 +484,7 @@ def test_open_questions_come_with_commands_of_the_same_recipe(tmp_path):
     assert commands['each config at its own best learning rate'] == (
         'python sweep.py config/train_gpt2_*comm.py --with config/cpu.py --n_embd=128 --seed=1,2 '
         f'--learning_rate=0.001,0.002,0.004 --out={tmp_path} '
-        '&& python compare.py out --tuned=learning_rate --tuning_seeds=1,2')
+        f'&& python compare.py {tmp_path} --tuned=learning_rate --tuning_seeds=1,2')
     assert 'python compare.py out --link=25,30' in commands.values()
 
 

@@ -8,6 +8,7 @@ train have flags and configs that there are.
 import math
 import re
 import shlex
+from string import Template
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,9 @@ from training import pretrained
 
 README = (ROOT / 'README.md').read_text()
 PYTHON = re.findall(r'^```python\n(.*?)^```', README, re.M | re.S)
-TRAINING = re.findall(r'^(?:torchrun .*|python )train\.py (.*)', README, re.M)  # the arguments
+NAMES = dict(re.findall(r'^([A-Z]+)="(.*)"$', README, re.M))  # what its commands call by a name
+TRAINING = [Template(line).safe_substitute(NAMES)  # the arguments
+            for line in re.findall(r'^(?:torchrun .*|python )train\.py (.*)', README, re.M)]
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 A run's folder: who may write it, what stands in it, and how it is read. Without torch.
 
     metrics.jsonl       a JSON object a line, by iter: evaluations and log lines
-    run.json            what the run is and how it stands: running, finished, resumable or failed
+    run.json            what the run is and how it stands: running, finished, resumable, failed or diverged
     lock                locked while a process trains the run
     log.txt             the output of a run that sweep.py started
     ckpt*.pt            checkpoints, see checkpoint.py
