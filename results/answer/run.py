@@ -57,9 +57,10 @@ class Experiment:
     def __init__(self, args, name='', **changes):
         """name: of the folder, after the plan's. changes: keys of the recipe that differ from the plan's"""
         plan = read_plan(args.plan)
-        self.configs, self.seeds, self.three = plan['configs'], plan['answer_seeds'], plan['answer_seeds'][:3]
+        self.configs, self.seeds = plan['configs'], plan['answer_seeds'][:1 if args.small else None]
+        self.three = self.seeds[:3]
         self.tuned = Tuned(plan['tuned'], tuple(plan['tuning_seeds'][:1 if args.small else None]))
-        self.grid, self.jobs, self.most_seeds = plan['grid'], args.jobs, 1 if args.small else None
+        self.grid, self.jobs = plan['grid'], args.jobs
         folder = args.plan.parent.name
         self.out = Path('out') / '-'.join([folder, *['small'] * args.small, *filter(None, [name])])
         with_, file, *flags = plan['recipe'].split()
@@ -67,13 +68,15 @@ class Experiment:
         self.keys = dict(flag.removeprefix('--').split('=') for flag in flags) | dict(plan=args.plan)
         self.keys |= changes | (dict(device='cuda') if args.gpu else {})
         self.keys |= {key: SMALL[key] for key in SMALL if args.small}
+        if 'min_lr' in self.keys:
+            self.tuned = self.tuned._replace(fixed=frozenset({float(self.keys['min_lr'])}))
 
     def sweep(self, configs, seeds, rates, *more, **keys):
         """
         Train these configs at these rates, or values of another tuned key, and no dense control besides. Ends
         the program if a run fails.
         """
-        keys = self.keys | keys | dict(seed=','.join(map(str, seeds[:self.most_seeds])),
+        keys = self.keys | keys | dict(seed=','.join(map(str, seeds)),
                                        **{self.tuned.key: ','.join(f'{rate:.12g}' for rate in rates)})
         words = [*configs, *self.withs, *(f'--{key}={value}' for key, value in keys.items()), *more,
                  '--without_dense', f'--jobs={self.jobs}', f'--out={self.out}']
@@ -221,9 +224,10 @@ def main():
     best = base.tune()
     if args.plan != PLAN:
         base.answer(best, base.seeds)
-    for item in [] if args.plan != PLAN else [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
-        print(item.__doc__, flush=True)
-        item(args, best)
+    else:
+        for item in [*ON_A_CPU, *MORE] if args.gpu or args.small else ON_A_CPU:
+            print(item.__doc__, flush=True)
+            item(args, best)
     print(f'compare: python compare.py {base.out}' + ' --tuning_seeds=1' * args.small)
 
 
