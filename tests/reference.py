@@ -12,11 +12,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-# of each block type: the sublayers, one after the other, and the syncs
+# of each block type: the sublayers that read the stream, together or one after the other, and the syncs
 STEPS = {
     'tp': ['attn', 'sync', 'mlp', 'sync'],
     'spd': ['attn', 'mlp', 'sync'],
     'parallel': ['attn', 'mlp'],
+    'palm': ['attn + mlp', 'sync'],
+    'palm_parallel': ['attn + mlp'],
 }
 
 
@@ -62,18 +64,21 @@ def reference_gpt(weights, config, idx):
     d, apart, syncs = [torch.zeros_like(c)] * R, False, 0
 
     def sync():
-        return c + sum(d), [torch.zeros_like(c)] * R, False, syncs + 1
+        merged = sum(d) / R if config.merge == 'mean' else sum(d)
+        return c + merged, [torch.zeros_like(c)] * R, False, syncs + 1
 
     for i, block_type in enumerate(config.block_types):
         for step in STEPS[block_type]:
             if step == 'sync':
                 c, d, apart, syncs = sync()
                 continue
-            sublayer, norm = SUBLAYERS[step]
-            block = f'transformer.h.{i}.'
-            ln = w[f'{block}{norm}.weight'], w[f'{block}{norm}.bias']
-            d = [d[r] + sublayer(w, block + step, layer_norm(c + d[r], *ln), r, config) for r in range(R)]
-            c = c + w[f'{block}{step}.c_proj.bias']
+            read = [c + d[r] for r in range(R)]
+            for kind in step.split(' + '):
+                sublayer, norm = SUBLAYERS[kind]
+                block = f'transformer.h.{i}.'
+                ln = w[f'{block}{norm}.weight'], w[f'{block}{norm}.bias']
+                d = [d[r] + sublayer(w, block + kind, layer_norm(read[r], *ln), r, config) for r in range(R)]
+                c = c + w[f'{block}{kind}.c_proj.bias']
             apart = True
     if apart:
         c, d, apart, syncs = sync()
