@@ -139,9 +139,9 @@ def missing_notes(rows, unfinished, finished=()):
         lost = row.control.diverged if row.control else []
         alone = [str(seed) for seed in row.runs
                  if row.control is None or seed not in [*row.control.runs, *lost]]
-        if set(lost) & row.runs.keys():
-            notes.append(f'{row.title}: dense diverged on seed {", ".join(map(str, lost))}, which is not in '
-                         'its difference')
+        both = [str(seed) for seed in lost if seed in row.runs]
+        if both:
+            notes.append(f'{row.title}: dense diverged on seed {", ".join(both)}, not in its difference')
         if row.control is None:
             notes.append(f'{row.title}: no dense control among these runs, so its difference is blank; this '
                          f'trains it: {pairing(row, alone)}')

@@ -49,7 +49,6 @@ def judge_rows(rows, margin, plan=None):
         for row in own:
             row.margin, row.spread = margin, spread
         if control:
-            control.lost = [run for run in control.lost if plan is None or plan.names_run(run)]
             for family in families(own):
                 losses = {row: row.losses for row in (control, *family)}
                 identical = identical_rows(family, margin)
@@ -78,17 +77,19 @@ def spread_of(rows, control, margin):
     """
     sizes = {row.tp_size for row in rows if not row.dense}
     main = [control, *(row for tp_size in sizes for row in main_family(rows, tp_size))]
-    main = main if len(main) > 1 else rows
     identical = identical_rows(rows, margin)
 
     def spread(own, seeds):
         losses = {row: row.losses for row in own} | {control: {seed: control.losses[seed] for seed in seeds}}
         return family_spread(losses, control, identical)
 
-    shared = {tuple(seed for seed in control.losses if seed in row.losses) for row in main}
-    most = max(sorted(shared, key=lambda seeds: (-len(seeds), seeds)),
-               key=lambda seeds: part.df if (part := spread(main, seeds)) else 0)
-    return spread(rows, most)
+    for own in main, rows:  # all of them, if the main family has no degree of freedom
+        shared = {tuple(seed for seed in control.losses if seed in row.losses) for row in own}
+        df = {seeds: part.df for seeds in sorted(shared, key=lambda seeds: (-len(seeds), seeds))
+              if (part := spread(own, seeds))}
+        if df:
+            return spread(rows, max(df, key=df.get))
+    return None
 
 
 def families(rows):
@@ -126,8 +127,11 @@ def switches(row):
 
 def follows_guide(row):
     """Whether its blocks repeat one of the guide's patterns."""
-    types = row.block_types
-    return any(types == unit * (len(types) // len(unit)) for unit in GUIDE_UNITS)
+    return is_guides(row.block_types)
+
+
+def is_guides(block_types):
+    return any(block_types == unit * (len(block_types) // len(unit)) for unit in GUIDE_UNITS)
 
 
 def candidates(rows, tp_size):
@@ -178,7 +182,23 @@ class Answer:
         return [row for row in self.tested[place:] if row.word in PASSES]
 
 
-def find_answers(rows):
+def lost_net(runs, tested, tp_size, plan):
+    """
+    Of runs of configs that diverged in every run, one of most all-reduces that belongs among the tested nets:
+    it is planned, if they are, and no net that goes before it has its number of all-reduces.
+    """
+    def belongs(run):
+        if not is_plain(run) or run.config['tp_size'] != tp_size:
+            return False
+        if any(row.planned for row in tested):
+            return plan.names_run(run)
+        return not any(row.all_reduces['forward'] == run.info['all_reduces']['forward'] and (
+            follows_guide(row) or not is_guides(run.config['block_types'])) for row in tested)
+
+    return max(filter(belongs, runs), key=lambda run: run.info['all_reduces']['forward'], default=None)
+
+
+def find_answers(rows, plan=None):
     """The Answers, that of the plan first, then by recipe and tp_size. None of a recipe without a control."""
     found = []
     for note, own in by_note(rows).items():
@@ -186,10 +206,7 @@ def find_answers(rows):
             continue
         for tp_size in sorted({row.tp_size for row in own if row.tp_size > 1}):
             tested = candidates(own, tp_size)
-            counts = {row.all_reduces['forward'] for row in tested}
-            lost = max((run for run in own[0].lost if is_plain(run) and run.config['tp_size'] == tp_size
-                        and run.info['all_reduces']['forward'] not in counts),
-                       key=lambda run: run.info['all_reduces']['forward'], default=None)
+            lost = lost_net(own[0].lost, tested, tp_size, plan)
             rows_of_size = [row for row in own if row.tp_size == tp_size]
             answer = Answer(tp_size, note, tested, None, seeds_for(tested), is_tuned(own[:1] + tested),
                             own[0].preliminary, False, lost)

@@ -441,7 +441,7 @@ def find_all(rows, margin=MARGIN, tuned=None, plan=None, link=None, pairs=(), de
     """
     judge_rows(rows, margin, plan)
     asked = asked_pairs(rows, pairs)
-    found = Findings(rows, margin, tuned, plan, link, find_answers(rows), noise_floors(rows),
+    found = Findings(rows, margin, tuned, plan, link, find_answers(rows, plan), noise_floors(rows),
                      comparisons(rows, plan, asked), asked,
                      [(curve, fit_bend(curve)) for curve in curves(rows)], find_trends(rows))
     unplanned = [one for one in found.comparisons if not one.planned]

@@ -14,6 +14,7 @@ All keys are optional; those of TEXT are for people. What a plan does not name i
 """
 
 import difflib
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +110,9 @@ def parse_plan(file, sha256, text):
     both = set(found.get('tuning_seeds', [])) & set(found.get('answer_seeds', []))
     if both:
         fail(f'{file}: seed {min(both)} is in tuning_seeds and in answer_seeds; a seed is for one of them')
+    size = re.search(r'--tp_size=(\S+)', str(found.get('recipe', '')))
+    if size and size[1] != str(found.get('tp_size')):
+        fail(f'{file}: recipe has {size[0]}, so the plan must say tp_size = {size[1]}')
     for config in found.get('configs', []):
         if not (ROOT / config).is_file():
             fail(f'{file}: configs has {config}, which is not a file in {ROOT}')

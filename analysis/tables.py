@@ -33,8 +33,7 @@ def steps_to_level(row):
 def record(row, found):
     """A row's numbers under flat names, unrounded; losses in nats per token, None if there is none."""
     difference, corpus, verdict, spread = to_dense(row), row.first.info['corpus'], row.verdict, row.spread
-    gap, steps = gap_to_dense(row), step_ratio(row)
-    common = next(filter(None, at_common(row)), None)
+    gap, steps, (common, _) = gap_to_dense(row), step_ratio(row), at_common(row)
     return dict(
         run=row.name, state=state_of(row), communications=row.communications,
         all_reduces_forward=row.all_reduces['forward'], all_reduces_backward=row.all_reduces['backward'],

@@ -40,11 +40,20 @@ def check_tuned(key, tuning_seeds):
 
 
 def fixed_min_lr(configs):
-    """The values of min_lr that configs, as dicts, have at several learning rates: no tenth of each."""
-    rates = {}
+    """
+    The values of min_lr that stay while learning_rate varies: those that configs, as dicts, have at several
+    rates, unless min_lr is a tenth at several. Then it follows the rate, but for odd runs.
+    """
+    rates, followed = {}, set()
     for config in configs:
         rates.setdefault(config['min_lr'], set()).add(config['learning_rate'])
-    return frozenset(lowest for lowest, own in rates.items() if len(own) > 1)
+        followed |= {config['learning_rate']} if config['min_lr'] == tenth(config['learning_rate']) else set()
+    return frozenset(lowest for lowest, own in rates.items() if len(own) > 1 and len(followed) < 2)
+
+
+def tenth(rate):
+    """min_lr, unset."""
+    return float(f'{rate / 10:.12g}')
 
 
 def without_tuned(recipe, tuned):
@@ -58,8 +67,8 @@ def without_tuned(recipe, tuned):
     if tuned.key in ('batch_size', 'gradient_accumulation_steps'):
         free.add('windows per step')
     fixed = {key: value for key, value in recipe.items() if key not in free}
-    tenth = float(f'{recipe["learning_rate"] / 10:.12g}')
-    if tuned.key == 'learning_rate' and fixed['min_lr'] == tenth and tenth not in tuned.fixed:
+    if (tuned.key == 'learning_rate' and fixed['min_lr'] not in tuned.fixed
+            and fixed['min_lr'] == tenth(recipe['learning_rate'])):
         fixed['min_lr'] = 'a tenth of the rate'
     return fixed
 
@@ -99,7 +108,9 @@ class Tuning:
                 if (self.tuned.is_answer(seed) if for_answer else seed in self.tuned.tuning_seeds)}
 
     def judges(self, run):
-        """Whether a run is at the best value, and of a seed for the answer."""
+        """Whether a run is at the best value, and of a seed for the answer; or each value has diverged."""
+        if self.best is None:
+            return self.runs.keys() <= self.diverged
         return run.config[self.tuned.key] == self.best and self.tuned.is_answer(run.config['seed'])
 
     @property

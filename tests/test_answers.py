@@ -92,6 +92,14 @@ def test_a_value_of_the_grid_that_diverged_is_no_loss_of_the_config(tmp_path):
                   state=state)
     found = tuned_under(tmp_path)
     assert found.answers[0].row.communications == 12 and found.answers[0].lost is None
+    shutil.rmtree(tmp_path)  # but if no value is left that all tuning seeds have, it is lost
+    write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
+    write_grid(tmp_path, '12comm', 2e-3, 1.95, NETS[12], 2)
+    for rate in (1e-3, 2e-3):
+        for seed, state in ((1, 'finished'), (2, 'diverged')):
+            write_run(tmp_path, f'18comm-{rate}', {seed: 2.0}, NETS[18], 2, learning_rate=rate,
+                      min_lr=rate / 10, state=state)
+    assert tuned_under(tmp_path).answers[0].row is None
 
 
 def test_all_layers_tp_is_identical_only_where_it_ends_near_dense(tmp_path):
@@ -162,7 +170,7 @@ def test_in_the_middle_of_a_sweep_the_seeds_that_all_have_give_the_spread(tmp_pa
     assert rows[0].spread.s == pytest.approx(whole.s) and rows[1].word == 'as good'
     write_run(tmp_path, '18comm-late', {7: 2.7}, NETS[18], 2)  # and so is one config, of 6 df to 10
     assert found_under(tmp_path).rows[0].spread == rows[0].spread
-    for rival in ('palm', 'fal', 'stale'):  # or three rivals, wide apart, that have three seeds: 10 df too
+    for rival in ('palm', 'fal', 'stale', 'ladder'):  # or four rivals, wide apart, on three seeds: 12 df
         write_run(tmp_path, rival, {1: 2.5, 2: 2.1, 3: 2.9}, [rival] * 12, 2)
     assert found_under(tmp_path).rows[0].spread == rows[0].spread
 
@@ -318,7 +326,7 @@ def test_without_a_grid_it_is_said(tmp_path):
 
 def test_a_lowest_rate_of_its_own_is_part_of_the_recipe(tmp_path, no_plots, capsys):
     write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1)
-    write_run(tmp_path, 'other', {1: 2.0}, NETS[12], 2, learning_rate=2e-3, min_lr=0.0)
+    write_run(tmp_path, 'other', {1: 2.0}, NETS[12], 2, learning_rate=2e-3, min_lr=1e-4)  # 1e-3's tenth
     compare_all(tmp_path, '--tuned=learning_rate', '--tuning_seeds=1,2')
     note, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('several recipes')]
     assert 'min_lr is "a tenth of the rate" in ' in note and 'learning_rate is' not in note
@@ -447,6 +455,7 @@ def test_runs_of_two_plans_are_exploratory(tmp_path):
     ('margin = 0', 'above 0'), ('tuning_seeds = [1, "2"]', 'must be a list of seeds'),
     ('tuning_seeds = [1]\nanswer_seeds = [1, 2]', 'seed 1 is in tuning_seeds and in answer_seeds'),
     ('comparisons = [["a"]]', 'must be a list of pairs'), ('configs = ["config/none.py"]', 'not a file in'),
+    ("recipe = '--tp_size=4'", 'must say tp_size = 4'),
     ('grid = [1e-3, "2e-3"]', 'must be a list of numbers'), ('tuned = 3', 'must be a key of train.py'),
     ('margin', 'not TOML')])
 def test_a_plan_with_a_mistake_is_refused(tmp_path, text, message):

@@ -66,6 +66,7 @@ class Experiment:
         with_, file, *flags = plan['recipe'].split()
         self.withs = [with_, file]
         self.keys = dict(flag.removeprefix('--').split('=') for flag in flags) | dict(plan=args.plan)
+        self.keys |= dict(tp_size=plan['tp_size']) if 'tp_size' in plan else {}
         self.keys |= changes | (dict(device='cuda') if args.gpu else {})
         self.keys |= {key: SMALL[key] for key in SMALL if args.small}
         if 'min_lr' in self.keys:
