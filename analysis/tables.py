@@ -110,7 +110,8 @@ def columns(found):
         table['MB a step'] = lambda row, own: number(row.step_bytes, '.4g', 1e-6)
     if found.tuned:
         table |= {
-            f'best {found.tuned.key}': lambda row, own: number(own['best'], 'g'),
+            f'best {found.tuned.key}': lambda row, own: number(own['best'], 'g') + (
+                '' if row.tuning.compared else ' (alone)'),
             'sensitivity': lambda row, own: number(own['sensitivity'], '.4f'),
             "both at dense's best": lambda row, own: common_cell(*at_common(row))}
     return table

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import compare
-from analysis import answers, findings, plan, plots, runs, tuning, unanswered
+from analysis import answers, findings, plan, plots, runs, tables, tuning, unanswered
 from analysis.tuning import Tuned
 from written_runs import DENSE, compare_all, found_under, read_all, refused, shifted, write_run
 
@@ -321,7 +321,10 @@ def test_before_any_other_seed_has_finished_the_tuning_seeds_are_shown_as_prelim
 def test_without_a_grid_it_is_said(tmp_path):
     write_grid(tmp_path, 'dense', 2e-3, 2.0, NETS[24], 1, rates=(2e-3,))
     write_grid(tmp_path, '12comm', 2e-3, 1.95, NETS[12], 2, rates=(2e-3,))
-    assert answers.headlines(tuned_under(tmp_path))[0].startswith('At one learning rate, untuned: ')
+    found = tuned_under(tmp_path)
+    assert answers.headlines(found)[0].startswith('At one learning rate, untuned: ')
+    assert [line[-2] for line in tables.tables(found)['answer']] == [
+        'best learning_rate', '0.002 (alone)', '0.002 (alone)']
 
 
 def test_a_lowest_rate_of_its_own_is_part_of_the_recipe(tmp_path, no_plots, capsys):
