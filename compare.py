@@ -271,7 +271,7 @@ def main(argv):
     notes += mixed_recipes(begun, tuned)
     finished, unfinished = ([run for run in runs if bool(run.trouble) is bad] for bad in (False, True))
     predict, reasons, link = step_predictor(finished, args.link) if args.link else (None, {}, None)
-    diverged = [run for run in unfinished if run.trouble.startswith('diverged')]
+    diverged = [run for run in unfinished if run.diverged]
     rows = group(finished, args.level, predict, tuned, diverged)
     notes += missing_notes(rows, unfinished, finished)
     notes += [f'{path}: ' + ('it cannot be read' if path.is_dir() and not os.access(path, os.X_OK) else

@@ -155,14 +155,48 @@ def candidates(rows, tp_size):
 class Answer:
     """The fewest communications that are shown to be as good as dense, for one recipe and tp_size."""
     tp_size: int
-    note: str  # the recipe's, if there are several
+    control: Row
     tested: list  # Rows, most all-reduces first
-    row: Row | None  # None if none is shown
-    seeds: int | None  # that would show the next one, if it equals dense; None if nothing is left to show
-    tuned: bool  # whether each config is at its own best of several values
-    preliminary: bool
-    edge: bool  # whether dense, or a net up to the answer, has values of the tuned key still to run
-    lost: Run | None = None  # that of most all-reduces of the nets that diverged in every run
+    lost: Run | None  # that of most all-reduces of the nets that diverged in every run
+
+    @property
+    def note(self):
+        """The recipe's, if there are several."""
+        return self.control.note
+
+    @property
+    def preliminary(self):
+        return self.control.preliminary
+
+    @property
+    def row(self):
+        """The answer, None if none is shown."""
+        return fewest(self.in_order, [row.word or None for row in self.in_order])
+
+    @property
+    def tuned(self):
+        """Whether each config that is judged, and dense, is at its own best of several values."""
+        return all(row.tuning is not None and row.tuning.compared
+                   for row in (self.control, *self.tested) if row.word != 'identical')
+
+    @property
+    def edge(self):
+        """Whether dense, or a net up to the answer, has values of the tuned key still to run."""
+        used = self.tested[:self.tested.index(self.row) + 1] if self.row else self.tested
+        return any(row.tuning and row.tuning.missing for row in (self.control, *used))
+
+    @property
+    def seeds(self):
+        """
+        Those with which the next config is shown to be as good, with 90% power, if it equals dense; None if
+        nothing is left to show.
+        """
+        left = [row for row in self.tested if row.word not in PASSES]
+        if not left:
+            return None
+        sd = left[0].spread.pooled_sd if left[0].spread else USUAL_SD
+        configs = max(1, sum(row.word != 'identical' for row in self.tested))
+        return seeds_to_show(left[0].margin, sd, configs, POWER) if sd else 2
 
     @property
     def in_order(self):
@@ -201,36 +235,15 @@ def lost_net(runs, tested, tp_size, plan):
 def find_answers(rows, plan=None):
     """The Answers, that of the plan first, then by recipe and tp_size. None of a recipe without a control."""
     found = []
-    for note, own in by_note(rows).items():
+    for own in by_note(rows).values():
         if not own[0].dense:
             continue
         for tp_size in sorted({row.tp_size for row in own if row.tp_size > 1}):
             tested = candidates(own, tp_size)
-            lost = lost_net(own[0].lost, tested, tp_size, plan)
             rows_of_size = [row for row in own if row.tp_size == tp_size]
-            answer = Answer(tp_size, note, tested, None, seeds_for(tested), is_tuned(own[:1] + tested),
-                            own[0].preliminary, False, lost)
-            order = answer.in_order
-            answer.row = row = fewest(order, [row.word or None for row in order])
-            used = [own[0], *tested[:tested.index(row) + 1 if row else None]]
-            answer.edge = any(one.tuning and one.tuning.missing for one in used)
-            found.append((not has_plan(rows_of_size), answer))
+            found.append((not has_plan(rows_of_size), Answer(
+                tp_size, own[0], tested, lost_net(own[0].lost, tested, tp_size, plan))))
     return [answer for _, answer in sorted(found, key=lambda pair: pair[0])]
-
-
-def is_tuned(rows):
-    """Whether each of these rows that is judged, and dense, is at the best of several values of the key."""
-    return all(row.tuning is not None and row.tuning.compared for row in rows if row.word != 'identical')
-
-
-def seeds_for(tested):
-    """The seeds with which a config that equals dense is shown to be as good, with 90% power."""
-    left = [row for row in tested if row.word not in PASSES]
-    if not left:
-        return None
-    sd = left[0].spread.pooled_sd if left[0].spread else USUAL_SD
-    configs = max(1, sum(row.word != 'identical' for row in tested))
-    return seeds_to_show(left[0].margin, sd, configs, POWER) if sd else 2
 
 
 # the noise floor

@@ -55,6 +55,10 @@ class Run:
         return self.info['config']
 
     @property
+    def diverged(self):
+        return self.trouble.startswith('diverged')
+
+    @property
     def name(self):
         """Its name without the seed."""
         return self.info['name'].replace(f'-seed{self.config["seed"]}', '')

@@ -72,7 +72,7 @@ def found_under(root, level=None, predict=None, tuned=None, **options):
     """The Findings of the finished runs under root."""
     every = read_all(root)
     finished = [run for run in every if not run.trouble]
-    diverged = [run for run in every if run.trouble.startswith('diverged')]
+    diverged = [run for run in every if run.diverged]
     return findings.find_all(runs.group(finished, level, predict, tuned, diverged), tuned=tuned, **options)
 
 

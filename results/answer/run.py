@@ -95,7 +95,7 @@ class Experiment:
                 and run.config['seed'] in self.tuned.tuning_seeds
                 and without_tuned(recipe(run.config), self.tuned) == ours]
         rows = group([run for run in runs if not run.trouble], tuned=self.tuned,
-                     diverged=[run for run in runs if run.trouble.startswith('diverged')])
+                     diverged=[run for run in runs if run.diverged])
         found = {kind_of(row.first): row.tuning for row in rows}
         kinds = {file: kind_of(run) for file, run in wanted.items()}
         for file, kind in kinds.items():
